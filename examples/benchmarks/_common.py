@@ -1,0 +1,44 @@
+"""What the benchmarks share: where results go, and what machine they come from."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, to stand beside every number."""
+    packages = ("jax", "jaxlib", "optax", "numpy", "gefen_jax")
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "device": device.device_kind,
+        "backend": jax.default_backend(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def write(name: str, command: str, results: Any) -> Path:
+    """Writes a result file: the command that repeats it, the environment, the numbers."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / name
+    data = {"command": command, "environment": environment(), "results": results}
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,143 @@
+"""Time, compile time and memory of one optimizer step on this machine, beside `optax.adamw`.
+
+One jitted step with donated parameters and state: `update` and `apply_updates`. The two optimizers
+take turns in one run, so that whatever else the machine does hits both; medians after a warm-up.
+
+    python examples/benchmarks/cpu_step.py
+"""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from _common import write
+from rich.console import Console
+from rich.table import Table
+from shapes import gpt2_small
+
+import gefen_jax as gx
+
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "optax.adamw": lambda: optax.adamw(1e-3),
+    "gefen": lambda: gx.gefen(1e-3),
+}
+TREES: dict[str, Callable[[], Any]] = {
+    "one 16M leaf": lambda: {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)},
+    "GPT-2 small, 148 leaves": gpt2_small,
+}
+ROUNDS, WARM_UP, COMPILES = 25, 4, 5
+
+
+def make_step(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+    """The step as a training loop has it."""
+
+    def step(params: Any, opt_state: Any, grads: Any) -> Any:
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def compile_seconds(tx: Any, tree: Any) -> tuple[list[float], list[float]]:
+    """Seconds of wall time and of CPU time from tracing to machine code, several times."""
+    wall, cpu = [], []
+    state = jax.eval_shape(tx.init, tree)
+    for _ in range(COMPILES):
+        jax.clear_caches()
+        start = time.perf_counter(), time.process_time()
+        jax.jit(make_step(tx), donate_argnums=(0, 1)).lower(tree, state, tree).compile()
+        wall.append(time.perf_counter() - start[0])
+        cpu.append(time.process_time() - start[1])
+    return wall, cpu
+
+
+def step_seconds(tree: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds (wall, CPU) of every round of every optimizer, taking turns."""
+    keys = iter(jax.random.split(jax.random.key(0), 1000))
+    grads = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape, x.dtype), tree)
+    runs = {}
+    for name, make in OPTIMIZERS.items():
+        tx = make()
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+        step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+        runs[name] = [step, params, jax.jit(tx.init)(params)]
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
+    for round_ in range(ROUNDS):
+        for name, (step, params, opt_state) in runs.items():
+            start = time.perf_counter(), time.process_time()
+            params, opt_state = jax.block_until_ready(step(params, opt_state, grads))
+            if round_ >= WARM_UP:
+                seconds[name][0].append(time.perf_counter() - start[0])
+                seconds[name][1].append(time.process_time() - start[1])
+            runs[name] = [step, params, opt_state]
+    return seconds
+
+
+def temporaries(donate_gradients: bool) -> dict[str, float]:
+    """Temporaries of a step on one 64M leaf, in float32 leaves, by the compiler's analysis."""
+    leaf = {"w": jax.ShapeDtypeStruct((8192, 8192), jnp.float32)}
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        tx = make()
+
+        donated = (0, 1, 2) if donate_gradients else (0, 1)
+        with warnings.catch_warnings():
+            # No result has room for them; what counts is that nothing needs a leaf of its own.
+            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+            lowered = jax.jit(make_step(tx), donate_argnums=donated).lower(
+                leaf, jax.eval_shape(tx.init, leaf), leaf
+            )
+        memory = lowered.compile().memory_analysis()
+        assert memory is not None, "this backend has no memory analysis"
+        found[name] = memory.temp_size_in_bytes / (4 * 8192 * 8192)
+    return found
+
+
+def spread(values: list[float]) -> float:
+    """Half the distance between the quartiles, relative to the median."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2 / middle
+
+
+def main() -> None:
+    """Runs everything, prints a table, writes `cpu_step.json`."""
+    results: dict[str, Any] = {}
+    table = Table("", *OPTIMIZERS, "ratio")
+    for tree_name, make_tree in TREES.items():
+        tree = make_tree()
+        measured = {
+            name: dict(zip(("wall", "cpu"), s, strict=True))
+            for name, s in step_seconds(tree).items()
+        }
+        compiled = {
+            name: dict(zip(("wall", "cpu"), compile_seconds(make(), tree), strict=True))
+            for name, make in OPTIMIZERS.items()
+        }
+        rows = {}
+        for what, source in (("step", measured), ("compile", compiled)):
+            for clock in ("wall", "cpu"):
+                medians = [statistics.median(source[name][clock]) for name in OPTIMIZERS]
+                rows[f"{what} {clock} s"] = {
+                    **dict(zip(OPTIMIZERS, medians, strict=True)),
+                    "ratio": medians[1] / medians[0],
+                    "spread": {name: spread(source[name][clock]) for name in OPTIMIZERS},
+                }
+        results[tree_name] = rows
+        for row, numbers in rows.items():
+            cells = [f"{1e3 * numbers[name]:.1f} ms" for name in OPTIMIZERS]
+            table.add_row(f"{tree_name}: {row[:-2]}", *cells, f"{numbers['ratio']:.2f}")
+    for donated in (False, True):
+        row = f"64M leaf: temporaries, gradients {'donated' if donated else 'kept'}"
+        results[row] = temporaries(donated)
+        table.add_row(row, *(f"{results[row][name]:.4f} leaves" for name in OPTIMIZERS), "")
+    Console().print(table)
+    write("cpu_step.json", "python examples/benchmarks/cpu_step.py", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Gefen for JAX: Adam from about one byte of optimizer state per parameter."""
+
+from importlib.metadata import version as _version
+
+from gefen_jax._alias import gefen as gefen
+from gefen_jax._calibrate import calibrate as calibrate
+from gefen_jax._exact import Exact as Exact
+from gefen_jax._flat_periods import FlatPeriods as FlatPeriods
+from gefen_jax._plan import LeafPlan as LeafPlan
+from gefen_jax._plan import Plan as Plan
+from gefen_jax._plan import plan_by_shape as plan_by_shape
+from gefen_jax._report import MemoryReport as MemoryReport
+from gefen_jax._report import memory_report as memory_report
+from gefen_jax._shared_blocks import SharedBlocks as SharedBlocks
+from gefen_jax._transform import ScaleByGefenState as ScaleByGefenState
+from gefen_jax._transform import scale_by_gefen as scale_by_gefen
+from gefen_jax._untrained import Untrained as Untrained
+
+__version__ = _version("gefen_jax")

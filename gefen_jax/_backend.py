@@ -1,0 +1,70 @@
+"""The one place that knows which device it is on, and which implementation runs there."""
+
+from typing import Any, NoReturn
+
+import jax
+from jaxtyping import Array
+
+from gefen_jax._blocks import Shape
+from gefen_jax._chunks import CHUNK
+from gefen_jax._encoder import Encoder
+from gefen_jax._step import advance as _advance
+from gefen_jax._step import by_equal_runs
+from gefen_jax._types import Decay, Moments, Step
+
+BACKENDS = ("xla",)
+
+
+def check_backend(backend: str | None) -> None:
+    """Raises ValueError for a name that is no backend; None lets the library choose."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(
+            f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+        )
+
+
+def advance(g: Array, state: Moments, block: Shape, step: Step) -> Moments:
+    """`gefen_jax._step.advance` by the implementation that is best on the device at hand.
+
+    A large leaf on one CPU is worked through in pieces that fit in the cache. Accelerators fuse
+    the whole-leaf form; so does every mesh get it, where a loop over slices of a sharded axis
+    would gather the leaf.
+    """
+
+    def one_size(g: Array, state: Moments, block: Shape) -> Moments:
+        def whole(g: Array, state: Moments, encoder: Encoder, decay: Decay) -> Moments:
+            return _advance(g, state, block, encoder, decay, exact_lookup=step.exact_lookup)
+
+        def in_pieces(g: Array, state: Moments, encoder: Encoder, decay: Decay) -> Moments:
+            return _advance(
+                g, state, block, encoder, decay, exact_lookup=step.exact_lookup, chunk=CHUNK
+            )
+
+        args = (g, state, step.encoder, step.decay)
+        if g.size <= CHUNK or _on_a_mesh(g) or _on_a_mesh(state.mu):
+            return whole(*args)
+        return jax.lax.platform_dependent(*args, cpu=in_pieces, default=whole)
+
+    g, state = _refuse_gradient((g, state))
+    return by_equal_runs(one_size, g, state, block)
+
+
+@jax.custom_jvp
+def _refuse_gradient(x: tuple[Array, Moments]) -> tuple[Array, Moments]:
+    """The identity, which nobody may differentiate."""
+    return x
+
+
+@_refuse_gradient.defjvp
+def _refuse_gradient_jvp(primals: Any, tangents: Any) -> NoReturn:
+    raise NotImplementedError(
+        "a quantised momentum has no useful derivative: gefen's update cannot be differentiated"
+        " with respect to gradients or state. Use optax.adamw, or gefen_jax.Exact() for every"
+        ' leaf (`plan.with_kind("*", gefen_jax.Exact())`), where you need it.'
+    )
+
+
+def _on_a_mesh(x: Array) -> bool:
+    """Whether an array is spread over several devices, as far as tracing can know."""
+    mesh = getattr(jax.typeof(x).sharding, "mesh", None)
+    return mesh is not None and mesh.size > 1

@@ -1,0 +1,106 @@
+"""Which blocks a leaf may get, and which one it gets when nothing but its shape is known."""
+
+import math
+
+from gefen_jax._blocks import Cut, Shape, block_size, make_block, read_cut
+from gefen_jax._constants import MAX_BLOCK, MIN_BLOCK, SMALL_LEAF, TARGET_BLOCK, VECTOR_SHARE
+from gefen_jax._exact import Exact
+from gefen_jax._paths import LeafSpec
+from gefen_jax._shared_blocks import SharedBlocks
+from gefen_jax._types import Kind
+from gefen_jax._untrained import Untrained
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def _spans(shape: Shape) -> list[tuple[int, int, int]]:
+    """(axis, end, elements per index of the cut axis) of every cut that a leaf admits."""
+    return [
+        (axis, end, math.prod(shape[axis + 1 : end + 1]))
+        for axis in range(len(shape))
+        for end in range(axis, len(shape))
+    ]
+
+
+def candidate_blocks(shape: Shape) -> list[Shape]:
+    """Boxes of MIN_BLOCK to MAX_BLOCK elements whose runs divide their axis.
+
+    Of every cut, the runs nearest to each power of two in that range: a highly composite axis has
+    dozens of divisors, which say no more. A leaf that has none (a long vector of prime length)
+    gets runs of about TARGET_BLOCK elements with a shorter last one.
+    """
+    blocks = set()
+    for axis, end, whole in _spans(shape):
+        sizes = [d * whole for d in _divisors(shape[axis]) if MIN_BLOCK <= d * whole <= MAX_BLOCK]
+        goal = MIN_BLOCK
+        while sizes and goal <= MAX_BLOCK:
+            size = min(sizes, key=lambda n: abs(math.log2(n / goal)))  # noqa: B023 (used at once)
+            blocks.add(make_block(shape, Cut(axis, end, size // whole)))
+            goal *= 2
+    if not blocks:
+        blocks = {
+            make_block(shape, Cut(axis, end, min(shape[axis], -(-TARGET_BLOCK // whole))))
+            for axis, end, whole in _spans(shape)
+            if whole < MIN_BLOCK <= shape[axis] * whole
+        }
+    return sorted(blocks)
+
+
+def distance_to_target(block: Shape) -> float:
+    """How far a block is from the size that is cheap and still has short scale groups."""
+    return abs(math.log2(block_size(block) / TARGET_BLOCK))
+
+
+def block_by_shape(shape: Shape) -> Shape:
+    """The block of a leaf about which nothing is known.
+
+    Runs of one axis before boxes over several (rows may differ in size), the last axis first (it
+    is contiguous, and the features of an embedding), then the size nearest to the target.
+    """
+
+    def preference(block: Shape) -> tuple[bool, int, float]:
+        axis, end, _ = read_cut(shape, block)
+        return axis < end, -end, distance_to_target(block)
+
+    return min(candidate_blocks(shape), key=preference)
+
+
+def describe_block(shape: Shape, block: Shape) -> str:
+    """A block in words, e.g. "256 along axis 1", "9 x 64 along axes 0 to 2"."""
+    axis, end, _ = read_cut(shape, block)
+    sizes = " x ".join(str(b) for b in block[axis : end + 1])
+    if axis == end:
+        where = "the last axis" if end == len(shape) - 1 else f"axis {axis}"
+    else:
+        where = f"axes {axis} to {end}"
+    return f"{sizes} along {where}"
+
+
+def decided_by_size(specs: list[LeafSpec]) -> dict[str, tuple[Kind, str]]:
+    """The leaves whose kind their type and size alone decide, with the reason."""
+    trained = [s for s in specs if s.trained]
+    total = sum(s.size for s in trained)
+    vectors = sum(s.size for s in trained if len(s.shape) <= 1)
+    decided: dict[str, tuple[Kind, str]] = {}
+    for spec in specs:
+        if not spec.trained:
+            decided[spec.path] = Untrained(), "not a float: no state"
+        elif spec.size <= SMALL_LEAF:
+            decided[spec.path] = Exact(), f"small: at most {SMALL_LEAF} elements"
+        elif len(spec.shape) <= 1 and vectors < VECTOR_SHARE * total:
+            decided[spec.path] = Exact(), f"vectors are {vectors / total:.2%} of the model"
+    return decided
+
+
+def kinds_by_shape(specs: list[LeafSpec]) -> dict[str, tuple[Kind, str]]:
+    """A kind and its reason for every leaf, from shapes alone."""
+    decided = decided_by_size(specs)
+    for spec in specs:
+        if spec.path not in decided:
+            block = block_by_shape(spec.shape)
+            reason = f"by shape: {describe_block(spec.shape, block)}"
+            decided[spec.path] = SharedBlocks(block), reason
+    return decided

@@ -1,0 +1,68 @@
+"""Flat periods: the reference implementation's state, row-major runs of the flattened leaf."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from gefen_jax._backend import advance
+from gefen_jax._blocks import Shape
+from gefen_jax._step import direction
+from gefen_jax._types import Moments, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatPeriods:
+    """Keeps codes, one scale per ``group`` and one nu per ``period`` consecutive elements.
+
+    What ``calibrate(..., rule="reference")`` gives every leaf. A period of 1 keeps nu per element,
+    and then the momentum's scales have groups of their own. The statistics are vectors, whatever
+    the leaf's rank: prefer `SharedBlocks` on a mesh.
+
+    Args:
+      period: Elements that share a nu; divides the leaf's size.
+      group: Elements that share a momentum scale: the period, or if that is 1 the largest divisor
+        of the size that is at most 256.
+
+    Examples:
+      >>> import gefen_jax as gx
+      >>> plan = gx.plan_by_shape({"w": jnp.zeros((512, 512))})
+      >>> plan.with_kind("w", gx.FlatPeriods(period=1024, group=1024))["w"].kind
+      FlatPeriods(period=1024, group=1024)
+    """
+
+    period: int
+    group: int
+    name: ClassVar[str] = "flat_periods"
+
+    def check(self, shape: Shape) -> None:
+        """Raises ValueError unless period and group divide the leaf and agree."""
+        size = 1
+        for d in shape:
+            size *= d
+        if self.period < 1 or self.group < 1 or size % self.period or size % self.group:
+            raise ValueError(f"`period` {self.period} and `group` {self.group} must divide {size}")
+        if self.period > 1 and self.group != self.period:
+            raise ValueError(f"`group` {self.group} must be `period` {self.period}, or period 1")
+
+    def init(self, shape: Shape) -> Moments:
+        """Zero moments; codes in the leaf's shape, statistics flat."""
+        codes = jnp.zeros(shape, jnp.uint8)
+        scale = jnp.zeros(codes.size // self.group, jnp.float32)
+        return Moments(codes, scale, jnp.zeros(codes.size // self.period, jnp.float32))
+
+    def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
+        """One step on the flattened leaf; see `gefen_jax._step` for the equations."""
+        flat, block = g.reshape(-1), (self.group,)
+        new = advance(flat, moments._replace(mu=moments.mu.reshape(-1)), block, step)
+        update = direction(flat, new, block, step.encoder, step.decay, nesterov=step.nesterov)
+        return update.reshape(g.shape), new._replace(mu=new.mu.reshape(g.shape))
+
+    @property
+    def scale_block(self) -> None:
+        """No box: the reference's histogram is taken over flat periods."""
+
+    def describe(self) -> str:
+        """Period, and group where it differs."""
+        return f"{self.period} flat" + ("" if self.group == self.period else f" / {self.group}")

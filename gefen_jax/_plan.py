@@ -1,0 +1,289 @@
+"""The plan: what every leaf's state looks like, decided once, before training."""
+
+import dataclasses
+import difflib
+import fnmatch
+import functools
+import json
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gefen_jax._blocks import Shape
+from gefen_jax._builtin import builtin_codebook
+from gefen_jax._candidates import kinds_by_shape
+from gefen_jax._constants import CODES
+from gefen_jax._encoder import lookup_is_exact
+from gefen_jax._kinds import KINDS
+from gefen_jax._paths import LeafSpec, param_specs
+from gefen_jax._types import Kind
+from gefen_jax._untrained import Untrained
+
+_FORMAT = "gefen_jax plan"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """One leaf's entry: its path and shape, the kind of its state, and why that kind."""
+
+    path: str
+    shape: Shape
+    kind: Kind
+    reason: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", tuple(int(d) for d in self.shape))
+        try:
+            self.kind.check(self.shape)
+        except ValueError as error:
+            raise ValueError(f"plan for `{self.path}`: {error}") from None
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of this leaf's state."""
+        state = jax.eval_shape(lambda: self.kind.init(self.shape))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+    @property
+    def size(self) -> int:
+        """Elements of the leaf."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+class PlanRow(NamedTuple):
+    """A row of `Plan.table`."""
+
+    path: str
+    shape: Shape
+    kind: str
+    block: str
+    nbytes: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the moments of every leaf are kept, and the codebook they start with.
+
+    Immutable, hashable, and equal to another plan exactly when all it holds is equal. Leaves are
+    looked up by key path, so one plan serves a whole model and any part of it (`optax.masked`,
+    `optax.partition`). Made by `calibrate` or `plan_by_shape`.
+
+    Attributes:
+      leaves: One `LeafPlan` per leaf of the parameters.
+      codebook: The 256 sorted entries in [-1, 1] of the momentum's codebook, float32 values.
+      codebook_reason: Where the codebook comes from.
+      rule: The rule that chose the blocks: "axis", "reference" or "shape".
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gefen_jax as gx
+      >>> plan = gx.plan_by_shape({"kernel": jnp.zeros((768, 3072)), "bias": jnp.zeros(3072)})
+      >>> plan
+      Plan(rule='shape', 2 leaves, 2,362,368 parameters, 1.0173 bytes per parameter)
+      >>> plan["kernel"].kind, plan["kernel"].reason
+      (SharedBlocks(block=(1, 1024)), 'by shape: 1024 along the last axis')
+    """
+
+    leaves: tuple[LeafPlan, ...]
+    codebook: tuple[float, ...]
+    codebook_reason: str
+    rule: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "leaves", tuple(self.leaves))
+        values = np.asarray(self.codebook, np.float32)
+        if values.shape != (CODES,) or not np.all(np.isfinite(values)):
+            raise ValueError(f"`codebook` must be {CODES} finite numbers, got {values.shape}")
+        if np.any(np.diff(values) < 0) or values[0] < -1 or values[-1] > 1:
+            raise ValueError("`codebook` must be sorted and lie in [-1, 1]")
+        object.__setattr__(self, "codebook", tuple(values.tolist()))
+        paths = [leaf.path for leaf in self.leaves]
+        if len(set(paths)) < len(paths):
+            twice = next(p for p in paths if paths.count(p) > 1)
+            raise ValueError(f"`leaves` names `{twice}` twice")
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, LeafPlan]:
+        return {leaf.path: leaf for leaf in self.leaves}
+
+    @functools.cached_property
+    def exact_lookup(self) -> bool:
+        """Whether the encoder's lookup table is exact for this codebook."""
+        return lookup_is_exact(np.asarray(self.codebook, np.float32))
+
+    def __getitem__(self, path: str) -> LeafPlan:
+        """The entry of a leaf; an unknown path is an error that names the nearest known ones."""
+        try:
+            return self._by_path[path]
+        except KeyError:
+            raise KeyError(self._unknown(path)) from None
+
+    def _unknown(self, path: str) -> str:
+        near = difflib.get_close_matches(path, self._by_path, n=3)
+        hint = f"the nearest are {near}" if near else f"it has {list(self._by_path)[:3]} ..."
+        return (
+            f"the plan has no leaf `{path}`; {hint}. Make the plan from the same parameter tree"
+            " that is given to `init`."
+        )
+
+    def kinds(self, specs: Iterable[LeafSpec]) -> dict[str, Kind]:
+        """The kinds of the given leaves.
+
+        Raises:
+          ValueError: For a leaf that the plan does not know or knows with another shape.
+        """
+        kinds = {}
+        for spec in specs:
+            leaf = self._by_path.get(spec.path)
+            if leaf is None and not spec.trained:
+                kinds[spec.path] = Untrained()
+                continue
+            if leaf is None:
+                raise ValueError(self._unknown(spec.path))
+            if spec.trained and leaf.shape != spec.shape:
+                raise ValueError(
+                    f"the plan expects `{spec.path}` of shape {leaf.shape}, found {spec.shape}."
+                    " Make a new plan for this model; inside `shard_map`, make it from the local"
+                    " shapes."
+                )
+            kinds[spec.path] = leaf.kind
+        return kinds
+
+    def with_kind(self, pattern: str, kind: Kind) -> "Plan":
+        """A plan in which the leaves whose path matches a shell pattern have another kind.
+
+        Args:
+          pattern: As in `fnmatch`, e.g. ``"*embedding*"``.
+          kind: The kind; it must fit each of these leaves.
+
+        Raises:
+          ValueError: If no path matches, or the kind does not fit a leaf.
+        """
+        hit = [leaf.path for leaf in self.leaves if fnmatch.fnmatchcase(leaf.path, pattern)]
+        if not hit:
+            raise ValueError(f"`pattern` {pattern!r} matches no leaf of the plan")
+        leaves = tuple(
+            dataclasses.replace(leaf, kind=kind, reason="set by hand") if leaf.path in hit else leaf
+            for leaf in self.leaves
+        )
+        return dataclasses.replace(self, leaves=leaves)
+
+    @property
+    def bytes_per_param(self) -> float:
+        """Bytes of the whole optimizer state (moments, codebook, count) per parameter."""
+        size = sum(leaf.size for leaf in self.leaves if leaf.nbytes)
+        total = sum(leaf.nbytes for leaf in self.leaves) + 4 * CODES + 4
+        return total / size if size else 0.0
+
+    def table(self) -> tuple[PlanRow, ...]:
+        """One row per leaf: path, shape, kind, block, bytes of state, reason."""
+        return tuple(
+            PlanRow(x.path, x.shape, x.kind.name, x.kind.describe(), x.nbytes, x.reason)
+            for x in self.leaves
+        )
+
+    def __repr__(self) -> str:
+        size = sum(leaf.size for leaf in self.leaves)
+        return (
+            f"Plan(rule={self.rule!r}, {len(self.leaves)} leaves, {size:,} parameters,"
+            f" {self.bytes_per_param:.4f} bytes per parameter)"
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the plan as JSON, one leaf per line; the file appears whole or not at all."""
+        head = {
+            "format": _FORMAT,
+            "version": VERSION,
+            "rule": self.rule,
+            "codebook_reason": self.codebook_reason,
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+        leaves = [
+            json.dumps(
+                {
+                    "path": leaf.path,
+                    "shape": leaf.shape,
+                    "kind": leaf.kind.name,
+                    **dataclasses.asdict(leaf.kind),  # pyright: ignore[reportArgumentType] (Protocol)
+                    "reason": leaf.reason,
+                }
+            )
+            for leaf in self.leaves
+        ]
+        lines.append('  "leaves": [\n    ' + ",\n    ".join(leaves) + "\n  ],")
+        # The shortest decimal that reads back as the same float32.
+        entries = ", ".join(str(np.float32(c)) for c in self.codebook)
+        lines.append(f'  "codebook": [{entries}]')
+        text = "{\n" + "\n".join(lines) + "\n}\n"
+        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """Reads a plan that `save` wrote.
+
+        Raises:
+          ValueError: If the file is no plan, is damaged, or has a version this package cannot
+            read.
+        """
+        try:
+            with open(path, encoding="utf-8") as file:
+                data = json.load(file)
+            if data["format"] != _FORMAT:
+                raise ValueError(f"its format is {data['format']!r}")
+            if data["version"] != VERSION:
+                raise ValueError(
+                    f"its version is {data['version']!r}, this package reads {VERSION}"
+                )
+            leaves = tuple(_read_leaf(leaf) for leaf in data["leaves"])
+            return cls(leaves, tuple(data["codebook"]), data["codebook_reason"], data["rule"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`{os.fspath(path)}` is not a readable plan: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _read_leaf(data: dict[str, Any]) -> LeafPlan:
+    data = dict(data)
+    path, shape, reason = data.pop("path"), tuple(data.pop("shape")), data.pop("reason")
+    name = data.pop("kind")
+    if name not in KINDS:
+        raise ValueError(f"`{path}` has the unknown kind {name!r}")
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return LeafPlan(path, shape, KINDS[name](**fields), reason)
+
+
+def plan_by_shape(params: Any) -> Plan:
+    """The plan that `gefen` uses when it is given none: blocks by shape, built-in codebook.
+
+    Args:
+      params: The parameters, or their `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      A `Plan` with rule "shape".
+
+    Raises:
+      TypeError: For a complex leaf.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import gefen_jax as gx
+      >>> params = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)}
+      >>> round(gx.plan_by_shape(params).bytes_per_param, 3)
+      1.008
+    """
+    specs = param_specs(params)
+    kinds = kinds_by_shape(specs)
+    leaves = tuple(LeafPlan(s.path, s.shape, *kinds[s.path]) for s in specs)
+    return Plan(leaves, builtin_codebook(), "built in", "shape")

@@ -1,0 +1,163 @@
+"""The step of a leaf with coded momentum, in plain jnp: the specification of every backend.
+
+With g the gradient in float32, c the codebook, and per block of a leaf a scale and nu:
+
+    nu    <- b2 * nu + (1 - b2) * mean_block(g^2)
+    m      = c[codes] * scale
+    m      = m + (1 - b1) * (g - m)
+    scale <- max_block |m|
+    codes <- nearest(c, m / scale)             (m / 0 counts as 0)
+    m_hat  = c[codes] * scale / (1 - b1^t)
+    update = m_hat / (sqrt(nu / (1 - b2^t) + eps_root) + eps)
+
+(Gefen, arXiv 2606.13894; the reference writes sqrt(nu) / sqrt(1 - b2^t), which is the same number
+but for rounding.) A nu with one entry per element instead of one per block takes g^2 itself.
+
+`advance` does the first five lines and writes the state only; `direction` the last two, as one
+elementwise expression of the new state. Kept apart, XLA fuses `direction` with whatever follows
+(weight decay, learning rate, `apply_updates`), and no array of updates is ever stored.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from gefen_jax._blocks import (
+    Shape,
+    equal_parts,
+    flat_view,
+    read_cut,
+    runs_divide,
+    split,
+    split_stats,
+    times_stats,
+)
+from gefen_jax._chunks import Piece, over_pieces
+from gefen_jax._encoder import Encoder, decode, encode
+from gefen_jax._types import Decay, Moments
+
+
+def _next_nu(
+    g: Float[Array, "..."], nu: Float[Array, "..."], inside: tuple[int, ...], decay: Decay
+) -> Float[Array, "..."]:
+    """The second moment of blocks that are the axes ``inside``, or of every element."""
+    square = jnp.square(g.astype(jnp.float32))
+    if nu.shape != square.shape:
+        square = jnp.mean(square, axis=inside, keepdims=True)
+    return decay.b2 * nu + decay.one_minus_b2 * square
+
+
+def _next_mu(
+    g: Float[Array, "..."],
+    codes: UInt8[Array, "..."],
+    scale: Float[Array, "..."],
+    inside: tuple[int, ...],
+    encoder: Encoder,
+    decay: Decay,
+    exact_lookup: bool,
+) -> tuple[UInt8[Array, "..."], Float[Array, "..."]]:
+    """The first moment's codes and scales, of blocks that are the axes ``inside``."""
+    m = decode(encoder, codes) * scale
+    m = m + decay.one_minus_b1 * (g.astype(jnp.float32) - m)
+    scale = jnp.max(jnp.abs(m), axis=inside, keepdims=True)
+    x = m / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+    return encode(encoder, x, exact_lookup=exact_lookup), scale
+
+
+def advance(
+    g: Float[Array, "*shape"],
+    state: Moments,
+    block: Shape,
+    encoder: Encoder,
+    decay: Decay,
+    *,
+    exact_lookup: bool,
+    chunk: int | None = None,
+) -> Moments:
+    """Takes the gradient into the state. Runs must divide their axis.
+
+    With ``chunk``, the leaf is worked through in pieces of about so many elements, in place: the
+    same result, with temporaries of one piece.
+    """
+    per_element = state.nu.shape == g.shape
+    if chunk is None:
+        blocked, inside = split(g, block)
+        codes, scale, nu = state.mu.reshape(blocked.shape), state.scale, state.nu
+        scale = split_stats(scale, g.shape, block)
+        nu = nu.reshape(blocked.shape) if per_element else split_stats(nu, g.shape, block)
+        codes, scale = _next_mu(blocked, codes, scale, inside, encoder, decay, exact_lookup)
+        nu = _next_nu(blocked, nu, inside, decay)
+    else:
+        view = flat_view(g.shape, block)
+        flat_g = g.reshape(view.shape)
+
+        def body(piece: Piece, carry: Moments) -> Moments:
+            g, old = piece.read(flat_g), Moments(*(piece.read(x) for x in carry))
+            mu, scale = _next_mu(g, old.mu, old.scale, (1,), encoder, decay, exact_lookup)
+            new = Moments(mu, scale, _next_nu(g, old.nu, (1,), decay))
+            return Moments(*(piece.write(x, n) for x, n in zip(carry, new, strict=True)))
+
+        carry = Moments(
+            state.mu.reshape(view.shape),
+            state.scale.reshape(view.stats_shape),
+            state.nu.reshape(view.shape if per_element else view.stats_shape),
+        )
+        codes, scale, nu = over_pieces(view, body, carry, chunk)
+    return Moments(
+        codes.reshape(g.shape), scale.reshape(state.scale.shape), nu.reshape(state.nu.shape)
+    )
+
+
+def by_equal_runs(
+    advance_part: Callable[[Array, Moments, Shape], Moments], g: Array, state: Moments, block: Shape
+) -> Moments:
+    """Applies a step that wants equal blocks to a leaf whose last run may be shorter."""
+    if runs_divide(g.shape, block):
+        return advance_part(g, state, block)
+    axis = read_cut(g.shape, block).axis
+    run, size = block[axis], g.shape[axis]
+
+    def part(x: Array, low: int, high: int) -> Array:
+        if x.shape[axis] != size:  # statistics
+            low, high = low // run, -(-high // run)
+        return jax.lax.slice_in_dim(x, low, high, axis=axis)
+
+    parts = [
+        advance_part(part(g, low, high), Moments(*(part(x, low, high) for x in state)), part_block)
+        for low, high, part_block in equal_parts(g.shape, block)
+    ]
+    return Moments(*(jnp.concatenate(both, axis=axis) for both in zip(*parts, strict=True)))
+
+
+def direction(
+    g: Float[Array, "*shape"],
+    state: Moments,
+    block: Shape,
+    encoder: Encoder,
+    decay: Decay,
+    *,
+    nesterov: bool,
+) -> Float[Array, "*shape"]:
+    """The update's direction from the state that `advance` wrote, in the gradient's dtype."""
+    root = jnp.sqrt(state.nu / decay.correction2 + decay.eps_root) + decay.eps
+    # A square that overflowed would freeze its block for ever (x / inf = 0, as in AdamW): inf * 0
+    # makes its updates NaN instead, which nobody overlooks.
+    root = root + root * 0
+    # A block that never saw a gradient stays where it is, with eps = 0 too.
+    root = jnp.where(root == 0, jnp.inf, root)
+    per_element = root.shape == g.shape
+    c = decode(encoder, state.mu)
+    if not nesterov and not per_element:
+        # One factor per block: the elementwise part is a lookup and a product.
+        factor = state.scale / decay.correction1 / root
+        return times_stats(c, factor, block).astype(g.dtype)
+    m_hat = times_stats(c, state.scale, block)
+    if nesterov:
+        now = g.astype(jnp.float32) / decay.correction1
+        m_hat = decay.b1 * (m_hat / decay.next_correction1) + decay.one_minus_b1 * now
+    else:
+        m_hat = m_hat / decay.correction1
+    update = m_hat / root if per_element else times_stats(m_hat, 1 / root, block)
+    return update.astype(g.dtype)

@@ -1,0 +1,234 @@
+"""`scale_by_gefen`: Adam's rescaling from a state of about one byte per parameter."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from gefen_jax._backend import check_backend
+from gefen_jax._builtin import builtin_codebook
+from gefen_jax._candidates import kinds_by_shape
+from gefen_jax._encoder import lookup_is_exact, make_encoder
+from gefen_jax._paths import LeafSpec, leaf_spec, path_name
+from gefen_jax._plan import Plan
+from gefen_jax._types import Decay, Kind, Moments, Step
+
+
+class ScaleByGefenState(NamedTuple):
+    """State of `scale_by_gefen`: mu, scale and nu are trees like the parameters.
+
+    A leaf in blocks keeps codes in mu and one number per block in scale and nu; its first moment is
+    ``codebook[mu] * scale``. An exact leaf keeps float32 moments in mu and nu and None in scale.
+    """
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride] # (): int32
+    codebook: Float[Array, "codes"]  # shape (256,), float32: what the codes in mu stand for
+    mu: Any  # follows the params: uint8 codes or float32, of the parameter's shape
+    scale: Any  # follows the params: float32, shape // block, or None
+    nu: Any  # follows the params: float32, shape // block or the parameter's shape
+
+
+def check_number(name: str, value: Any, low: float, high: float, *, open_end: bool) -> None:
+    """Raises ValueError for a plain number outside its range; traced values cannot be checked."""
+    if isinstance(value, Tracer) or callable(value):
+        return
+    number = np.asarray(value, np.float64)
+    inside = (number >= low) & ((number < high) if open_end else (number <= high))
+    if not np.all(inside):
+        bracket = ")" if open_end else "]"
+        raise ValueError(f"`{name}` must lie in [{low}, {high}{bracket}, got {value}")
+
+
+def _decay(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
+    # `1 - b ** t` as Optax writes it, so that exact leaves are Adam to the last bit.
+    following = jnp.asarray(optax.safe_increment(count), jnp.float32)
+    count = count.astype(jnp.float32)
+    corrections = 1 - b1**count, 1 - b1**following, 1 - b2**count
+    return Decay(b1, b2, 1 - b1, 1 - b2, eps, eps_root, *corrections)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "nesterov", "exact_lookup", "backend"))
+def _update_leaf(g, moments, decay, encoder, *, kind, nesterov, exact_lookup, backend):
+    """One leaf. Jitted so that leaves of equal shape are traced and lowered once."""
+    return kind.update(g, moments, Step(decay, encoder, nesterov, exact_lookup, backend))
+
+
+def _describe_state(state: Any) -> str:
+    leaves = jax.tree.leaves(state)
+    return ", ".join(f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in leaves) or "nothing"
+
+
+def _check_state(spec: LeafSpec, kind: Kind, moments: Moments) -> None:
+    """The state must be the one that this kind of leaf starts with, in all but its values."""
+    expected = jax.eval_shape(lambda: kind.init(spec.shape))
+    same = jax.tree.structure(expected) == jax.tree.structure(moments) and all(
+        e.shape == jnp.shape(s) and e.dtype == jnp.result_type(s)
+        for e, s in zip(jax.tree.leaves(expected), jax.tree.leaves(moments), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"the state of `{spec.path}` does not fit its plan, {kind}: expected"
+            f" {_describe_state(expected)}, found {_describe_state(moments)}. Use the plan that the"
+            " state was made with, and keep its dtypes (no tree.cast)."
+        )
+
+
+def _state_spec(path: str, mu: Any) -> LeafSpec:
+    # A gradient may be None, the state is always there: mu has the leaf's shape.
+    return LeafSpec(path, () if mu is None else tuple(jnp.shape(mu)), mu is not None)
+
+
+def scale_by_gefen(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    *,
+    nesterov: bool = False,
+    plan: Plan | None = None,
+    backend: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales updates as Adam does, from about one byte of state per parameter.
+
+    Per block of a leaf (the plan says which), with :math:`c` the codebook, :math:`s` the block's
+    scale and :math:`k` the codes of its elements,
+
+    .. math::
+      v_t &= b_2 v_{t-1} + (1 - b_2)\, \mathrm{mean}_{block}(g_t^2) \\
+      m_t &= b_1 c[k_{t-1}] s_{t-1} + (1 - b_1) g_t, \quad
+      s_t = \max_{block} |m_t|, \quad k_t = \mathrm{nearest}(c, m_t / s_t) \\
+      u_t &= \frac{c[k_t] s_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t) + \bar\varepsilon} +
+      \varepsilon}
+
+    Small leaves keep exact float32 moments and Adam's own update. Statistics are float32 whatever
+    the gradient's dtype; updates leave in the gradient's dtype.
+
+    Args:
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the denominator outside the square root.
+      eps_root: Added inside the square root.
+      nesterov: Whether to use Nesterov momentum, as in `optax.scale_by_adam`.
+      plan: From `calibrate`, or None for blocks by shape and a built-in codebook.
+      backend: None for the implementation that is best on the device at hand, or "xla".
+
+    Returns:
+      A `optax.GradientTransformationExtraArgs` whose state is a `ScaleByGefenState`: about 1 byte
+      per parameter, with its final shapes from ``init`` on. A None gradient leaves that leaf's
+      state as it is.
+
+    Raises:
+      ValueError: For arguments out of range; in ``init`` and ``update`` for a leaf or a state that
+        does not fit the plan, by name.
+      TypeError: In ``init`` for a complex leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gefen_jax as gx
+      >>> params = {"kernel": jnp.ones((128, 256)), "bias": jnp.zeros(256)}
+      >>> tx = gx.scale_by_gefen()
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": params["kernel"], "bias": jnp.ones(256)}, state)
+      >>> print(updates["bias"][:2].round(3), state.mu["kernel"].dtype, state.nu["kernel"].shape)
+      [1. 1.] uint8 (128, 1)
+
+    References:
+      Benedek, Koren and Fried, `Gefen: Optimized Stochastic Optimizer
+      <https://arxiv.org/abs/2606.13894>`_, 2026
+
+    .. note::
+      Differentiating through the update with respect to the gradients or the state is not
+      supported: rounding to codes has no useful derivative.
+    """
+    check_number("b1", b1, 0.0, 1.0, open_end=True)
+    check_number("b2", b2, 0.0, 1.0, open_end=True)
+    check_number("eps", eps, 0.0, math.inf, open_end=True)
+    check_number("eps_root", eps_root, 0.0, math.inf, open_end=True)
+    check_backend(backend)
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"`plan` must be a gefen_jax.Plan or None, got {type(plan).__name__}")
+    codebook = np.asarray(builtin_codebook() if plan is None else plan.codebook, np.float32)
+    exact_lookup = lookup_is_exact(codebook) if plan is None else plan.exact_lookup
+
+    def kinds_of(specs: list[LeafSpec]) -> dict[str, Kind]:
+        if plan is None:
+            return {path: kind for path, (kind, _) in kinds_by_shape(specs).items()}
+        return plan.kinds(specs)
+
+    def init_fn(params: optax.Params) -> ScaleByGefenState:
+        flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+        specs = [leaf_spec(path_name(path), leaf) for path, leaf in flat]
+        kinds = kinds_of(specs)
+        moments = [kinds[s.path].init(s.shape) for s in specs]
+        return ScaleByGefenState(
+            count=jnp.zeros([], jnp.int32),
+            codebook=jnp.array(codebook),  # a fresh buffer: state may be donated
+            **_by_slot(treedef, moments),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByGefenState]:
+        del params, extra_args
+        flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
+        old_slots = (treedef.flatten_up_to(getattr(state, slot)) for slot in Moments._fields)
+        moments = [Moments(*leaf) for leaf in zip(*old_slots, strict=True)]
+        specs = [
+            _state_spec(path_name(path), leaf.mu)
+            for (path, _), leaf in zip(flat, moments, strict=True)
+        ]
+        kinds = kinds_of(specs)
+        count = optax.safe_increment(state.count)
+        decay = _decay(b1, b2, eps, eps_root, count)
+        encoder = make_encoder(state.codebook)
+        new_updates, new_moments = [], []
+        for (_, g), spec, old in zip(flat, specs, moments, strict=True):
+            kind = kinds[spec.path]
+            _check_state(spec, kind, old)
+            update, new = g, old
+            if g is not None and spec.trained:
+                _check_gradient(spec, g)
+                update, new = _update_leaf(
+                    g,
+                    old,
+                    decay,
+                    encoder,
+                    kind=kind,
+                    nesterov=nesterov,
+                    exact_lookup=exact_lookup,
+                    backend=backend,
+                )
+            new_updates.append(update)
+            new_moments.append(new)
+        new_state = ScaleByGefenState(
+            jnp.asarray(count), state.codebook, **_by_slot(treedef, new_moments)
+        )
+        return treedef.unflatten(new_updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _by_slot(treedef: Any, moments: list[Moments]) -> dict[str, Any]:
+    """The moments of all leaves as one tree per slot."""
+    return {
+        slot: treedef.unflatten([getattr(leaf, slot) for leaf in moments])
+        for slot in Moments._fields
+    }
+
+
+def _check_gradient(spec: LeafSpec, g: Any) -> None:
+    if jnp.shape(g) != spec.shape or not jnp.issubdtype(jnp.result_type(g), jnp.floating):
+        raise ValueError(
+            f"`updates[{spec.path}]` must be a real floating array of shape {spec.shape}, as at"
+            f" `init`; found {_describe_state(g)}"
+        )

@@ -43,6 +43,13 @@ class Piece(NamedTuple):
         size = (self.rows, x.shape[1], self.columns)[: x.ndim]
         return jax.lax.dynamic_slice(x, self._start(x), size)
 
+    def read_constant(self, x: Array) -> Array:
+        """`read` of an array that the loop does not change."""
+        # Tied to the turn of the loop: on a CPU, XLA widens slices of bfloat16 to float32, and
+        # would otherwise widen the whole array once, in front of the loop.
+        x, row = jax.lax.optimization_barrier((x, self.row))
+        return self._replace(row=row).read(x)
+
     def write(self, x: Array, value: Array) -> Array:
         """The array with this piece replaced."""
         return jax.lax.dynamic_update_slice(x, value, self._start(x))

@@ -94,9 +94,9 @@ def advance(
         flat_g = g.reshape(view.shape)
 
         def body(piece: Piece, carry: Moments) -> Moments:
-            g, old = piece.read(flat_g), Moments(*(piece.read(x) for x in carry))
-            mu, scale = _next_mu(g, old.mu, old.scale, (1,), encoder, decay, exact_lookup)
-            new = Moments(mu, scale, _next_nu(g, old.nu, (1,), decay))
+            part, old = piece.read_constant(flat_g), Moments(*(piece.read(x) for x in carry))
+            mu, scale = _next_mu(part, old.mu, old.scale, (1,), encoder, decay, exact_lookup)
+            new = Moments(mu, scale, _next_nu(part, old.nu, (1,), decay))
             return Moments(*(piece.write(x, n) for x, n in zip(carry, new, strict=True)))
 
         carry = Moments(

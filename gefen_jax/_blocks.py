@@ -44,8 +44,8 @@ class FlatView(NamedTuple):
 
     @property
     def stats_shape(self) -> tuple[int, ...]:
-        """The statistics', with a 1 for the period."""
-        return (self.blocks, 1) + self.shape[2:]
+        """Statistics', without the period: a 1 in its place would cost copies too."""
+        return (self.blocks,) + self.shape[2:]
 
 
 def block_size(block: Shape) -> int:

@@ -33,13 +33,8 @@ class Piece(NamedTuple):
     column: Any
     columns: int
 
-    def _start(self, x: Array) -> tuple[Any, ...]:
-        # Unsigned: a signed index would be tested for being negative at every turn.
-        zero = jnp.uint32(0)
-        return (self.row, zero, self.column)[: x.ndim]
-
     def read(self, x: Array) -> Array:
-        """This piece of the leaf, or of statistics with a period of 1."""
+        """This piece of the leaf."""
         size = (self.rows, x.shape[1], self.columns)[: x.ndim]
         return jax.lax.dynamic_slice(x, self._start(x), size)
 
@@ -50,9 +45,25 @@ class Piece(NamedTuple):
         x, row = jax.lax.optimization_barrier((x, self.row))
         return self._replace(row=row).read(x)
 
+    def read_stats(self, x: Array) -> Array:
+        """This piece of statistics, one entry per block, with a 1 for the period."""
+        size = (self.rows, self.columns)[: x.ndim]
+        return jnp.expand_dims(jax.lax.dynamic_slice(x, self._stats_start(x), size), 1)
+
     def write(self, x: Array, value: Array) -> Array:
         """The array with this piece replaced."""
         return jax.lax.dynamic_update_slice(x, value, self._start(x))
+
+    def write_stats(self, x: Array, value: Array) -> Array:
+        """The statistics with this piece replaced."""
+        return jax.lax.dynamic_update_slice(x, jnp.squeeze(value, 1), self._stats_start(x))
+
+    def _start(self, x: Array) -> tuple[Any, ...]:
+        # Unsigned: a signed index would be tested for being negative at every turn.
+        return (self.row, jnp.uint32(0), self.column)[: x.ndim]
+
+    def _stats_start(self, x: Array) -> tuple[Any, ...]:
+        return (self.row, self.column)[: x.ndim]
 
 
 def _tiles(size: int, most: int) -> list[tuple[int, int, int]]:

@@ -93,11 +93,20 @@ def advance(
         view = flat_view(g.shape, block)
         flat_g = g.reshape(view.shape)
 
+        read_nu, write_nu = Piece.read_stats, Piece.write_stats
+        if per_element:
+            read_nu, write_nu = Piece.read, Piece.write
+
         def body(piece: Piece, carry: Moments) -> Moments:
-            part, old = piece.read_constant(flat_g), Moments(*(piece.read(x) for x in carry))
-            mu, scale = _next_mu(part, old.mu, old.scale, (1,), encoder, decay, exact_lookup)
-            new = Moments(mu, scale, _next_nu(part, old.nu, (1,), decay))
-            return Moments(*(piece.write(x, n) for x, n in zip(carry, new, strict=True)))
+            part = piece.read_constant(flat_g)
+            mu, scale = piece.read(carry.mu), piece.read_stats(carry.scale)
+            mu, scale = _next_mu(part, mu, scale, (1,), encoder, decay, exact_lookup)
+            nu = _next_nu(part, read_nu(piece, carry.nu), (1,), decay)
+            return Moments(
+                piece.write(carry.mu, mu),
+                piece.write_stats(carry.scale, scale),
+                write_nu(piece, carry.nu, nu),
+            )
 
         carry = Moments(
             state.mu.reshape(view.shape),

@@ -4,8 +4,12 @@ from importlib.metadata import version as _version
 
 from gefen_jax._alias import gefen as gefen
 from gefen_jax._calibrate import calibrate as calibrate
+from gefen_jax._dual_code import DualCode as DualCode
 from gefen_jax._exact import Exact as Exact
 from gefen_jax._flat_periods import FlatPeriods as FlatPeriods
+from gefen_jax._muon import ScaleByGefenMuonState as ScaleByGefenMuonState
+from gefen_jax._muon import gefen_muon as gefen_muon
+from gefen_jax._muon import scale_by_gefen_muon as scale_by_gefen_muon
 from gefen_jax._plan import LeafPlan as LeafPlan
 from gefen_jax._plan import Plan as Plan
 from gefen_jax._plan import plan_by_shape as plan_by_shape

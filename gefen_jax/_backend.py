@@ -1,18 +1,25 @@
 """The one place that knows which device it is on, and which implementation runs there."""
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
 from gefen_jax._chunks import CHUNK
-from gefen_jax._encoder import Encoder
-from gefen_jax._step import advance as _advance
 from gefen_jax._step import by_equal_runs
-from gefen_jax._types import Decay, Moments, Step
+from gefen_jax._types import Moments, Step
 
 BACKENDS = ("xla",)
+
+
+@runtime_checkable
+class Advance(Protocol):
+    """A step of one leaf in equal blocks; with ``chunk``, in pieces of about so many elements."""
+
+    def __call__(
+        self, g: Array, state: Moments, block: Shape, step: Step, *, chunk: int | None = None
+    ) -> Any: ...
 
 
 def check_backend(backend: str | None) -> None:
@@ -23,30 +30,36 @@ def check_backend(backend: str | None) -> None:
         )
 
 
-def advance(g: Array, state: Moments, block: Shape, step: Step) -> Moments:
-    """`gefen_jax._step.advance` by the implementation that is best on the device at hand.
+def in_best_form(advance: Advance, g: Array, state: Moments, block: Shape, step: Step) -> Any:
+    """``advance(g, state, block, step)`` in the form that is best on the device at hand.
 
     A large leaf on one CPU is worked through in pieces that fit in the cache. Accelerators fuse
     the whole-leaf form; so does every mesh get it, where a loop over slices of a sharded axis
     would gather the leaf.
     """
 
-    def one_size(g: Array, state: Moments, block: Shape) -> Moments:
-        def whole(g: Array, state: Moments, encoder: Encoder, decay: Decay) -> Moments:
-            return _advance(g, state, block, encoder, decay, exact_lookup=step.exact_lookup)
+    def one_size(g: Array, state: Moments, block: Shape) -> Any:
+        # Branches take arrays only: what is static in the step stays outside.
+        def whole(g: Array, state: Moments, *arrays: Any) -> Any:
+            return advance(g, state, block, step._replace(**_named(arrays)))
 
-        def in_pieces(g: Array, state: Moments, encoder: Encoder, decay: Decay) -> Moments:
-            return _advance(
-                g, state, block, encoder, decay, exact_lookup=step.exact_lookup, chunk=CHUNK
-            )
+        def in_pieces(g: Array, state: Moments, *arrays: Any) -> Any:
+            return advance(g, state, block, step._replace(**_named(arrays)), chunk=CHUNK)
 
-        args = (g, state, step.encoder, step.decay)
+        args = (g, state, *(getattr(step, name) for name in _TRACED))
         if g.size <= CHUNK or _on_a_mesh(g) or _on_a_mesh(state.mu):
             return whole(*args)
         return jax.lax.platform_dependent(*args, cpu=in_pieces, default=whole)
 
     g, state = _refuse_gradient((g, state))
     return by_equal_runs(one_size, g, state, block)
+
+
+_TRACED = ("decay", "encoder", "levels", "phase")  # the fields of a Step that hold arrays
+
+
+def _named(arrays: Any) -> dict[str, Any]:
+    return dict(zip(_TRACED, arrays, strict=True))
 
 
 @jax.custom_jvp

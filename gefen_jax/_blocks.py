@@ -128,6 +128,19 @@ def split_stats(stats: Array, shape: Shape, block: Shape) -> Array:
     return stats if run == shape[axis] else jnp.expand_dims(stats, axis + 1)
 
 
+def spread(stats: Array, shape: Shape, block: Shape) -> Array:
+    """Statistics repeated over their blocks: an array of the leaf's shape, fused into its use."""
+    if not runs_divide(shape, block):
+        axis, _, run = read_cut(shape, block)
+        repeated = jnp.repeat(stats, run, axis=axis)
+        return jax.lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)
+    axis, _, run = read_cut(shape, block)
+    stats = split_stats(stats, shape, block)
+    whole = shape if run == shape[axis] else shape[:axis] + (-1, run) + shape[axis + 1 :]
+    whole = tuple(shape[axis] // run if d == -1 else d for d in whole)
+    return jnp.broadcast_to(stats, whole).reshape(shape)
+
+
 def times_stats(x: Array, stats: Array, block: Shape) -> Array:
     """``x`` times its block's number, elementwise."""
     if runs_divide(x.shape, block):

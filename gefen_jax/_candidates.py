@@ -3,7 +3,15 @@
 import math
 
 from gefen_jax._blocks import Cut, Shape, block_size, make_block, read_cut
-from gefen_jax._constants import MAX_BLOCK, MIN_BLOCK, SMALL_LEAF, TARGET_BLOCK, VECTOR_SHARE
+from gefen_jax._constants import (
+    DUAL_BLOCK,
+    MAX_BLOCK,
+    MIN_BLOCK,
+    SMALL_LEAF,
+    TARGET_BLOCK,
+    VECTOR_SHARE,
+)
+from gefen_jax._dual_code import DualCode
 from gefen_jax._exact import Exact
 from gefen_jax._paths import LeafSpec
 from gefen_jax._shared_blocks import SharedBlocks
@@ -49,12 +57,12 @@ def candidate_blocks(shape: Shape) -> list[Shape]:
     return sorted(blocks)
 
 
-def distance_to_target(block: Shape) -> float:
+def distance_to_target(block: Shape, target: int = TARGET_BLOCK) -> float:
     """How far a block is from the size that is cheap and still has short scale groups."""
-    return abs(math.log2(block_size(block) / TARGET_BLOCK))
+    return abs(math.log2(block_size(block) / target))
 
 
-def block_by_shape(shape: Shape) -> Shape:
+def block_by_shape(shape: Shape, target: int = TARGET_BLOCK) -> Shape:
     """The block of a leaf about which nothing is known.
 
     Runs of one axis before boxes over several (rows may differ in size), the last axis first (it
@@ -63,7 +71,7 @@ def block_by_shape(shape: Shape) -> Shape:
 
     def preference(block: Shape) -> tuple[bool, int, float]:
         axis, end, _ = read_cut(shape, block)
-        return axis < end, -end, distance_to_target(block)
+        return axis < end, -end, distance_to_target(block, target)
 
     return min(candidate_blocks(shape), key=preference)
 
@@ -95,12 +103,25 @@ def decided_by_size(specs: list[LeafSpec]) -> dict[str, tuple[Kind, str]]:
     return decided
 
 
-def kinds_by_shape(specs: list[LeafSpec]) -> dict[str, tuple[Kind, str]]:
+def dual_code(shape: Shape) -> tuple[Kind, str]:
+    """The dual code of a leaf, from its shape alone."""
+    block = block_by_shape(shape, DUAL_BLOCK)
+    return DualCode(block), f"by shape: {describe_block(shape, block)}"
+
+
+def shared_blocks(shape: Shape) -> tuple[Kind, str]:
+    """The shared blocks of a leaf about whose gradient nothing is known."""
+    block = block_by_shape(shape)
+    return SharedBlocks(block), f"by shape: {describe_block(shape, block)}"
+
+
+KINDS_BY_SHAPE = {DualCode.name: dual_code, SharedBlocks.name: shared_blocks}
+
+
+def kinds_by_shape(specs: list[LeafSpec], kind: str = DualCode.name) -> dict[str, tuple[Kind, str]]:
     """A kind and its reason for every leaf, from shapes alone."""
     decided = decided_by_size(specs)
     for spec in specs:
         if spec.path not in decided:
-            block = block_by_shape(spec.shape)
-            reason = f"by shape: {describe_block(spec.shape, block)}"
-            decided[spec.path] = SharedBlocks(block), reason
+            decided[spec.path] = KINDS_BY_SHAPE[kind](spec.shape)
     return decided

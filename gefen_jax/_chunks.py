@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, UInt32
 
 from gefen_jax._blocks import FlatView
 
@@ -32,6 +33,8 @@ class Piece(NamedTuple):
     rows: int
     column: Any
     columns: int
+    # Whether the element is no other piece's too, broadcastable to the piece; True for all.
+    is_new: Any
 
     def read(self, x: Array) -> Array:
         """This piece of the leaf."""
@@ -52,11 +55,28 @@ class Piece(NamedTuple):
 
     def write(self, x: Array, value: Array) -> Array:
         """The array with this piece replaced."""
+        if self.is_new is not True:
+            value = jnp.where(self.is_new, value, self.read(x))
         return jax.lax.dynamic_update_slice(x, value, self._start(x))
 
     def write_stats(self, x: Array, value: Array) -> Array:
         """The statistics with this piece replaced."""
+        if self.is_new is not True:
+            value = jnp.where(self.is_new, value, self.read_stats(x))
         return jax.lax.dynamic_update_slice(x, jnp.squeeze(value, 1), self._stats_start(x))
+
+    def positions(self, view: FlatView) -> UInt32[Array, "..."]:
+        """The row-major position in the leaf of every element of this piece."""
+        # Added up from one vector per axis: whole arrays of indices, the same at every turn, would
+        # be stored in front of the loop.
+        ends = (None,) if view.inner == 1 else (None, None)
+        rows = self.row + jnp.arange(self.rows, dtype=jnp.uint32)
+        inside = jnp.arange(view.period, dtype=jnp.uint32) * np.uint32(view.inner)
+        position = (rows * np.uint32(view.period * view.inner))[:, *ends]
+        if view.inner == 1:
+            return position + inside
+        columns = self.column + jnp.arange(self.columns, dtype=jnp.uint32)
+        return position + inside[:, None] + columns
 
     def _start(self, x: Array) -> tuple[Any, ...]:
         # Unsigned: a signed index would be tested for being negative at every turn.
@@ -66,49 +86,62 @@ class Piece(NamedTuple):
         return (self.row, self.column)[: x.ndim]
 
 
-def _tiles(size: int, most: int) -> list[tuple[int, int, int]]:
-    """Cuts ``size`` into (start, step, count), equal ones if there is a good divisor."""
+class _Tiles(NamedTuple):
+    """An axis in tiles of ``step``; the last one reaches back over its neighbour."""
+
+    size: int
+    step: int
+
+    @property
+    def number(self) -> int:
+        return -(-self.size // self.step)
+
+    def start(self, n: Any) -> Any:
+        """Where tile n begins."""
+        start = n * jnp.uint32(self.step)
+        if self.size % self.step == 0:
+            return start
+        return jnp.minimum(start, jnp.uint32(self.size - self.step))
+
+    def is_new(self, n: Any) -> Any:
+        """Which elements of tile n are in no tile before it; True for all."""
+        if self.size % self.step == 0:
+            return True
+        index = self.start(n) + jnp.arange(self.step, dtype=jnp.uint32)
+        return index >= n * jnp.uint32(self.step)
+
+
+def _tiles(size: int, most: int) -> _Tiles:
+    """Tiles of at most so many, of a divisor if there is a good one."""
     most = max(1, min(size, most))
     divisors = [d for d in range(most, most // 2, -1) if size % d == 0]
-    step = divisors[0] if divisors else most
-    full, rest = divmod(size, step)
-    return [(0, step, full)] + ([(full * step, rest, 1)] if rest else [])
+    return _Tiles(size, divisors[0] if divisors else most)
 
 
 def over_pieces(
     view: FlatView, body: Callable[[Piece, Carry], Carry], carry: Carry, chunk: int = CHUNK
 ) -> Carry:
-    """Folds ``body(piece, carry)`` over all pieces of a leaf, in order."""
+    """Folds ``body(piece, carry)`` over all pieces of a leaf, in order.
+
+    Pieces have one size. Where it does not divide the leaf, the last ones overlap others: writing
+    keeps what is there already (a rest of its own would be compiled once more, and copied).
+    """
     columns = _tiles(view.inner, max(_COLUMNS, chunk // view.period))
-    rows = _tiles(view.blocks, chunk // (view.period * columns[0][1]))
-    for row_start, row_step, row_count in rows:
-        for column_start, column_step, column_count in columns:
+    rows = _tiles(view.blocks, chunk // (view.period * columns.step))
 
-            def at(
-                n: Any,
-                carry: Carry,
-                row_start=row_start,
-                row_step=row_step,
-                column_start=column_start,
-                column_step=column_step,
-                column_count=column_count,
-            ) -> Carry:
-                row, column = (
-                    (n, jnp.uint32(0))
-                    if column_count == 1
-                    else jnp.divmod(n, jnp.uint32(column_count))
-                )
-                piece = Piece(
-                    row * jnp.uint32(row_step) + jnp.uint32(row_start),
-                    row_step,
-                    column * jnp.uint32(column_step) + jnp.uint32(column_start),
-                    column_step,
-                )
-                return body(piece, carry)
+    def at(n: Any, carry: Carry) -> Carry:
+        row, column = n, jnp.uint32(0)
+        if columns.number > 1:
+            row, column = jnp.divmod(n, jnp.uint32(columns.number))
+        is_new = rows.is_new(row)
+        if is_new is not True:
+            is_new = is_new[:, *(None,) * (len(view.shape) - 1)]
+        if columns.is_new(column) is not True:
+            is_new &= columns.is_new(column)
+        start = rows.start(row), columns.start(column)
+        return body(Piece(start[0], rows.step, start[1], columns.step, is_new), carry)
 
-            count = row_count * column_count
-            if count == 1:
-                carry = at(jnp.uint32(0), carry)
-            else:
-                carry = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(count), at, carry)
-    return carry
+    count = rows.number * columns.number
+    if count == 1:
+        return at(jnp.uint32(0), carry)
+    return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(count), at, carry)

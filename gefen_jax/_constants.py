@@ -3,6 +3,9 @@
 # Entries of the momentum's codebook: a code is one byte.
 CODES = 256
 
+# Entries of the codebook of four-bit codes.
+LEVELS = 16
+
 # Equal bins on [-1, 1] of the histogram that the codebook is learned from.
 HISTOGRAM_BINS = 4096
 
@@ -20,3 +23,7 @@ VECTOR_SHARE = 0.01
 MIN_BLOCK = 256
 TARGET_BLOCK = 1024
 MAX_BLOCK = 4096
+
+# Elements of a dual code's block: they share a scale and the range of 16 levels of nu, for 5 / 256
+# = 0.020 bytes per parameter.
+DUAL_BLOCK = 256

@@ -48,8 +48,9 @@ def _lookup_bin(x: Float[Array, "..."]) -> Array:
     return jnp.minimum(((x + 1) * _HALF).astype(jnp.uint16), _LOOKUP_BINS - 1)
 
 
-def _take(table: Float[Array, "n"] | UInt8[Array, "n"], index: Array) -> Array:
-    # Every index is in range by construction; this spares the negative-index arithmetic.
+def take(table: Float[Array, "n"] | UInt8[Array, "n"], index: Array) -> Array:
+    """Entries of a small table; every index must be in range."""
+    # That is so by construction; this spares the negative-index arithmetic.
     # On a mesh with Explicit axes a gather does not guess that its result lies like its indices.
     sharding = jax.typeof(index).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types
@@ -80,7 +81,7 @@ def make_encoder(codebook: Float[Array, "codes"]) -> Encoder:
     t = thresholds(codebook)
     count_below = _count_below(_lookup_bin(t).astype(jnp.int32))
     padded = jnp.concatenate([t, jnp.full((1,), jnp.inf, t.dtype)])
-    return Encoder(codebook, count_below, _take(padded, count_below))
+    return Encoder(codebook, count_below, take(padded, count_below))
 
 
 def _count_below(bins: Int[Array, "n"]) -> UInt8[Array, "lookup_bins"]:
@@ -101,8 +102,8 @@ def encode(
     """The code of each x in [-1, 1]; ``exact_lookup`` says what `lookup_is_exact` found."""
     if exact_lookup:
         bins = _lookup_bin(x)
-        above = x > _take(encoder.next_threshold, bins)
-        return _take(encoder.count_below, bins) + above.astype(jnp.uint8)
+        above = x > take(encoder.next_threshold, bins)
+        return take(encoder.count_below, bins) + above.astype(jnp.uint8)
     return _search(encoder.codebook, x)
 
 
@@ -111,16 +112,16 @@ def _search(codebook: Float[Array, "codes"], x: Float[Array, "*shape"]) -> UInt8
     i = jnp.zeros(x.shape, jnp.int32)
     step = CODES // 2
     while step:
-        i = jnp.where(x > _take(codebook, i + (step - 1)), i + step, i)
+        i = jnp.where(x > take(codebook, i + (step - 1)), i + step, i)
         step //= 2
     below = jnp.maximum(i - 1, 0)
-    take_lower = jnp.abs(x - _take(codebook, below)) <= jnp.abs(x - _take(codebook, i))
+    take_lower = jnp.abs(x - take(codebook, below)) <= jnp.abs(x - take(codebook, i))
     return jnp.where(take_lower, below, i).astype(jnp.uint8)
 
 
 def decode(encoder: Encoder, codes: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Entries of the codebook, float32 in [-1, 1]."""
-    return _take(encoder.codebook, codes)
+    return take(encoder.codebook, codes)
 
 
 def _ordered(x: Float[np.ndarray, "n"]) -> np.ndarray:

@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gefen_jax._backend import advance
+from gefen_jax._backend import in_best_form
 from gefen_jax._blocks import Shape
-from gefen_jax._step import direction
+from gefen_jax._step import advance, direction
 from gefen_jax._types import Moments, Step
 
 
@@ -55,7 +55,7 @@ class FlatPeriods:
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """One step on the flattened leaf; see `gefen_jax._step` for the equations."""
         flat, block = g.reshape(-1), (self.group,)
-        new = advance(flat, moments._replace(mu=moments.mu.reshape(-1)), block, step)
+        new = in_best_form(advance, flat, moments._replace(mu=moments.mu.reshape(-1)), block, step)
         update = direction(flat, new, block, step.encoder, step.decay, nesterov=step.nesterov)
         return update.reshape(g.shape), new._replace(mu=new.mu.reshape(g.shape))
 

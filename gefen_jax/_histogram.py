@@ -31,7 +31,7 @@ def _count_equal(g: Float[Array, "*shape"], block: Shape) -> UInt32[Array, "bins
         largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
         x = x / jnp.where(largest == 0, 1, largest)
         bins = jnp.clip((x + 1) * (HISTOGRAM_BINS // 2), 0, HISTOGRAM_BINS - 1).astype(jnp.int32)
-        return counts.at[bins].add((x != 0).astype(jnp.uint32))
+        return counts.at[bins].add(((x != 0) & piece.is_new).astype(jnp.uint32))
 
     return over_pieces(view, body, jnp.zeros(HISTOGRAM_BINS, jnp.uint32), _CHUNK)
 

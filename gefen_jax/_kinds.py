@@ -1,5 +1,6 @@
 """The one list of the kinds of leaf that there are."""
 
+from gefen_jax._dual_code import DualCode
 from gefen_jax._exact import Exact
 from gefen_jax._flat_periods import FlatPeriods
 from gefen_jax._shared_blocks import SharedBlocks
@@ -7,5 +8,5 @@ from gefen_jax._types import Kind
 from gefen_jax._untrained import Untrained
 
 KINDS: dict[str, type[Kind]] = {
-    kind.name: kind for kind in (Exact, SharedBlocks, FlatPeriods, Untrained)
+    kind.name: kind for kind in (Exact, DualCode, SharedBlocks, FlatPeriods, Untrained)
 }

@@ -7,14 +7,14 @@ import functools
 import json
 import os
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from gefen_jax._blocks import Shape
 from gefen_jax._builtin import builtin_codebook
-from gefen_jax._candidates import kinds_by_shape
+from gefen_jax._candidates import KINDS_BY_SHAPE, kinds_by_shape
 from gefen_jax._constants import CODES
 from gefen_jax._encoder import lookup_is_exact
 from gefen_jax._kinds import KINDS
@@ -264,26 +264,36 @@ def _read_leaf(data: dict[str, Any]) -> LeafPlan:
     return LeafPlan(path, shape, KINDS[name](**fields), reason)
 
 
-def plan_by_shape(params: Any) -> Plan:
-    """The plan that `gefen` uses when it is given none: blocks by shape, built-in codebook.
+def plan_by_shape(
+    params: Any, *, kind: Literal["dual_code", "shared_blocks"] = "dual_code"
+) -> Plan:
+    """A plan from shapes alone; with the dual code, the one that `gefen` uses when given none.
 
     Args:
       params: The parameters, or their `jax.ShapeDtypeStruct`s.
+      kind: What the leaves that are not small get: "dual_code" (both moments of every element in
+        one byte) or "shared_blocks" (one second moment per block, with the built-in codebook;
+        `calibrate` chooses better blocks).
 
     Returns:
       A `Plan` with rule "shape".
 
     Raises:
       TypeError: For a complex leaf.
+      ValueError: For a kind that shapes alone cannot give.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> import gefen_jax as gx
       >>> params = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)}
       >>> round(gx.plan_by_shape(params).bytes_per_param, 3)
+      1.02
+      >>> round(gx.plan_by_shape(params, kind="shared_blocks").bytes_per_param, 3)
       1.008
     """
+    if kind not in KINDS_BY_SHAPE:
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS_BY_SHAPE)}, got {kind!r}")
     specs = param_specs(params)
-    kinds = kinds_by_shape(specs)
+    kinds = kinds_by_shape(specs, kind)
     leaves = tuple(LeafPlan(s.path, s.shape, *kinds[s.path]) for s in specs)
     return Plan(leaves, builtin_codebook(), "built in", "shape")

@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gefen_jax._backend import advance
+from gefen_jax._backend import in_best_form
 from gefen_jax._blocks import Shape, check_block, stats_shape
-from gefen_jax._step import direction
+from gefen_jax._step import advance, direction
 from gefen_jax._types import Moments, Step
 
 
@@ -50,7 +50,7 @@ class SharedBlocks:
 
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """One step; see `gefen_jax._step` for the equations."""
-        new = advance(g, moments, self.block, step)
+        new = in_best_form(advance, g, moments, self.block, step)
         update = direction(g, new, self.block, step.encoder, step.decay, nesterov=step.nesterov)
         return update, new
 

@@ -19,6 +19,7 @@ elementwise expression of the new state. Kept apart, XLA fuses `direction` with 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from gefen_jax._blocks import (
 )
 from gefen_jax._chunks import Piece, over_pieces
 from gefen_jax._encoder import Encoder, decode, encode
-from gefen_jax._types import Decay, Moments
+from gefen_jax._types import Decay, Moments, Step
 
 
 def _next_nu(
@@ -70,10 +71,8 @@ def advance(
     g: Float[Array, "*shape"],
     state: Moments,
     block: Shape,
-    encoder: Encoder,
-    decay: Decay,
+    step: Step,
     *,
-    exact_lookup: bool,
     chunk: int | None = None,
 ) -> Moments:
     """Takes the gradient into the state. Runs must divide their axis.
@@ -82,6 +81,7 @@ def advance(
     same result, with temporaries of one piece.
     """
     per_element = state.nu.shape == g.shape
+    encoder, decay, exact_lookup = step.encoder, step.decay, step.exact_lookup
     if chunk is None:
         blocked, inside = split(g, block)
         codes, scale, nu = state.mu.reshape(blocked.shape), state.scale, state.nu
@@ -120,9 +120,12 @@ def advance(
 
 
 def by_equal_runs(
-    advance_part: Callable[[Array, Moments, Shape], Moments], g: Array, state: Moments, block: Shape
-) -> Moments:
-    """Applies a step that wants equal blocks to a leaf whose last run may be shorter."""
+    advance_part: Callable[[Array, Moments, Shape], Any], g: Array, state: Moments, block: Shape
+) -> Any:
+    """Applies a step that wants equal blocks to a leaf whose last run may be shorter.
+
+    What the step returns, any tree of arrays in blocks like the leaf or its statistics, is joined.
+    """
     if runs_divide(g.shape, block):
         return advance_part(g, state, block)
     axis = read_cut(g.shape, block).axis
@@ -137,7 +140,7 @@ def by_equal_runs(
         advance_part(part(g, low, high), Moments(*(part(x, low, high) for x in state)), part_block)
         for low, high, part_block in equal_parts(g.shape, block)
     ]
-    return Moments(*(jnp.concatenate(both, axis=axis) for both in zip(*parts, strict=True)))
+    return jax.tree.map(lambda *both: jnp.concatenate(both, axis=axis), *parts)
 
 
 def direction(

@@ -15,7 +15,10 @@ from jaxtyping import Array, Float, Int
 from gefen_jax._backend import check_backend
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._candidates import kinds_by_shape
+from gefen_jax._constants import LEVELS
+from gefen_jax._dither import leaf_phases
 from gefen_jax._encoder import lookup_is_exact, make_encoder
+from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
 from gefen_jax._plan import Plan
 from gefen_jax._types import Decay, Kind, Moments, Step
@@ -29,7 +32,8 @@ class ScaleByGefenState(NamedTuple):
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride] # (): int32
-    codebook: Float[Array, "codes"]  # shape (256,), float32: what the codes in mu stand for
+    codebook: Float[Array, "codes"]  # shape (256,), float32: what codes of 8 bits stand for
+    codebook4: Float[Array, "levels"]  # shape (16,), float32: what codes of 4 bits stand for
     mu: Any  # follows the params: uint8 codes or float32, of the parameter's shape
     scale: Any  # follows the params: float32, shape // block, or None
     nu: Any  # follows the params: float32, shape // block or the parameter's shape
@@ -55,9 +59,9 @@ def _decay(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "nesterov", "exact_lookup", "backend"))
-def _update_leaf(g, moments, decay, encoder, *, kind, nesterov, exact_lookup, backend):
+def _update_leaf(g, moments, arrays, *, kind, **static):
     """One leaf. Jitted so that leaves of equal shape are traced and lowered once."""
-    return kind.update(g, moments, Step(decay, encoder, nesterov, exact_lookup, backend))
+    return kind.update(g, moments, Step(**arrays, **static))
 
 
 def _describe_state(state: Any) -> str:
@@ -169,7 +173,8 @@ def scale_by_gefen(
         moments = [kinds[s.path].init(s.shape) for s in specs]
         return ScaleByGefenState(
             count=jnp.zeros([], jnp.int32),
-            codebook=jnp.array(codebook),  # a fresh buffer: state may be donated
+            codebook=jnp.array(codebook),  # fresh buffers: state may be donated
+            codebook4=jnp.array(builtin_codebook(LEVELS)),
             **_by_slot(treedef, moments),
         )
 
@@ -189,10 +194,14 @@ def scale_by_gefen(
         ]
         kinds = kinds_of(specs)
         count = optax.safe_increment(state.count)
-        decay = _decay(b1, b2, eps, eps_root, count)
-        encoder = make_encoder(state.codebook)
+        arrays = {
+            "decay": _decay(b1, b2, eps, eps_root, count),
+            "encoder": make_encoder(state.codebook),
+            "levels": make_levels(state.codebook4),
+        }
+        phases = leaf_phases([spec.path for spec in specs], jnp.asarray(count))
         new_updates, new_moments = [], []
-        for (_, g), spec, old in zip(flat, specs, moments, strict=True):
+        for i, ((_, g), spec, old) in enumerate(zip(flat, specs, moments, strict=True)):
             kind = kinds[spec.path]
             _check_state(spec, kind, old)
             update, new = g, old
@@ -201,8 +210,7 @@ def scale_by_gefen(
                 update, new = _update_leaf(
                     g,
                     old,
-                    decay,
-                    encoder,
+                    arrays | {"phase": phases[i]},
                     kind=kind,
                     nesterov=nesterov,
                     exact_lookup=exact_lookup,
@@ -211,7 +219,7 @@ def scale_by_gefen(
             new_updates.append(update)
             new_moments.append(new)
         new_state = ScaleByGefenState(
-            jnp.asarray(count), state.codebook, **_by_slot(treedef, new_moments)
+            jnp.asarray(count), state.codebook, state.codebook4, **_by_slot(treedef, new_moments)
         )
         return treedef.unflatten(new_updates), new_state
 

@@ -2,10 +2,11 @@
 
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from gefen_jax._blocks import Shape
 from gefen_jax._encoder import Encoder
+from gefen_jax._levels import Levels
 
 
 class Decay(NamedTuple):
@@ -31,15 +32,17 @@ class Moments(NamedTuple):
     """
 
     mu: Any  # codes uint8, or float32; of the leaf's shape
-    scale: Any  # float32 per block: mu stands for codebook[mu] * scale
-    nu: Any  # float32
+    scale: Any  # float32 per block: what the codes of the first moment are multiplied by
+    nu: Any  # float32, or exponents uint8
 
 
 class Step(NamedTuple):
     """Everything but the leaf itself that an update needs."""
 
     decay: Decay
-    encoder: Encoder
+    encoder: Encoder  # of the state's codebook: codes of 8 bits
+    levels: Levels  # of the state's codebook4: codes of 4 bits
+    phase: UInt32[Array, "two"]  # of this leaf at this step, for the dither
     nesterov: bool
     exact_lookup: bool
     backend: str | None

@@ -20,18 +20,21 @@ PUBLIC = [
     "LeafPlan",
     "MemoryReport",
     "Plan",
+    "ScaleByGefenMuonState",
     "ScaleByGefenState",
     "SharedBlocks",
     "Untrained",
     "calibrate",
     "gefen",
+    "gefen_muon",
     "memory_report",
     "plan_by_shape",
     "scale_by_gefen",
+    "scale_by_gefen_muon",
 ]
 
 # Containers of results: what makes them shows them in its own examples.
-_NO_EXAMPLES = {"LeafPlan", "MemoryReport", "ScaleByGefenState"}
+_NO_EXAMPLES = {"LeafPlan", "MemoryReport", "ScaleByGefenMuonState", "ScaleByGefenState"}
 
 
 def _public_names() -> list[str]:

@@ -1,10 +1,10 @@
 """Train one small GPT twice, with `optax.adamw` and with `gefen_jax.gefen`, and compare them.
 
 The text is real and already on every machine: the sources of Python's standard library, read as
-bytes. Both optimizers see the same initial weights, batches, learning rate and weight decay.
+bytes. All optimizers see the same initial weights, batches, learning rate and weight decay.
 
     python examples/char_lm.py                                # a few minutes on a laptop's CPU
-    python examples/char_lm.py --seeds 3 --steps 2000
+    python examples/char_lm.py --seeds 3 --optimizers adamw,gefen,gefen-shared
     python examples/char_lm.py --data my_texts --d-model 256 --bf16
     python examples/char_lm.py --quick                        # a few seconds: does it run?
 
@@ -46,7 +46,7 @@ matplotlib.use("Agg")  # the figure goes to a file, so no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 Params = Any  # an nnx.State of parameters; gradients and updates have the same structure
-COLOURS = {"adamw": "tab:blue", "gefen": "tab:orange"}
+COLOURS = {"adamw": "tab:blue", "gefen": "tab:orange", "gefen-shared": "tab:green"}
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def decay_mask(params: Params) -> Params:
 def make_optimizer(
     name: str, config: Config, params: Params, grads: list[Params]
 ) -> tuple[optax.GradientTransformationExtraArgs, gx.Plan | None]:
-    """Either optimizer in the same chain; `gefen` takes the arguments of `adamw` and a plan."""
+    """Any of the optimizers in the same chain; `gefen` takes the arguments of `adamw`."""
     warmup = max(1, config.steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.lr, warmup, max(config.steps, warmup + 1), end_value=0.1 * config.lr
@@ -226,12 +226,13 @@ def make_optimizer(
     arguments: dict[str, Any] = dict(
         b1=0.9, b2=config.b2, weight_decay=config.weight_decay, mask=decay_mask
     )
-    plan = None
-    if name == "gefen":
+    if name == "adamw":
+        plan, optimizer = None, optax.adamw(schedule, **arguments)
+    elif name == "gefen":  # two moments in one byte: needs no plan, this one is for the report
+        plan, optimizer = gx.plan_by_shape(params), gx.gefen(schedule, **arguments)
+    else:  # one second moment per block: the gradients say which blocks
         plan = gx.calibrate(params, grads)
         optimizer = gx.gefen(schedule, plan=plan, **arguments)
-    else:
-        optimizer = optax.adamw(schedule, **arguments)
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer), plan
 
 
@@ -256,8 +257,8 @@ def train(name: str, seed: int, config: Config, corpus: Corpus, progress: Progre
     batches = [random_batch(rng, corpus.train, config) for _ in range(config.steps)]
     held_out = validation_set(corpus.validation, config)
 
-    # The gradients of the first batches tell gefen how it may shrink the state of each tensor.
-    count = config.calibration_batches if name == "gefen" else 0
+    # The gradients of the first batches tell which parameters may share a second moment.
+    count = config.calibration_batches if name == "gefen-shared" else 0
     grads = [gradient(params, graphdef, batch) for batch in batches[:count]]
     tx, plan = make_optimizer(name, config, params, grads)
     opt_state = tx.init(params)
@@ -310,7 +311,7 @@ def path_of(path: Any) -> str:
 
 
 def bytes_by_tensor(name: str, opt_state: Any) -> dict[str, int]:
-    if name == "gefen":
+    if name != "adamw":
         return dict(gx.memory_report(opt_state).by_tensor)
     sizes: dict[str, int] = {}
     for moment in ("mu", "nu"):
@@ -392,7 +393,7 @@ def summarize(
         }
     packages = ("jax", "jaxlib", "optax", "flax", "numpy")
     versions = {package: importlib.metadata.version(package) for package in packages}
-    plan = next((of[0].plan for of in runs.values() if of[0].plan is not None), None)
+    plans = {name: of[0].plan for name, of in runs.items() if of[0].plan is not None}
     return {
         "config": asdict(config) | {"data": corpus.source, "out": config.out.name},
         "parameters": parameters,
@@ -411,8 +412,7 @@ def summarize(
             "device": jax.devices()[0].device_kind,
         },
         "optimizers": optimizers,
-        "plan": None if plan is None else plan_rows(plan),
-        "plan_bytes_per_parameter": None if plan is None else plan.bytes_per_param,
+        "plans": {name: plan_rows(plan) for name, plan in plans.items()},
     }
 
 
@@ -451,18 +451,21 @@ def print_report(result: dict[str, Any], console: Console) -> None:
         losses = {n: of["validation_loss_per_seed"] for n, of in result["optimizers"].items()}
         rows = [(name, *(f"{of[seed]:.4f}" for seed in seeds)) for name, of in losses.items()]
         console.print(table_of("Validation loss per seed", ("optimizer", *seeds), rows))
-    if result["plan"] is None:
-        return
+    for name, plan in result["plans"].items():
+        console.print(plan_table(name, plan))
+
+
+def plan_table(name: str, plan: list[dict[str, Any]]) -> Table:
     rows = []
-    for (path, sides, kind, block, reason), same in fold(result["plan"]).items():
+    for (path, sides, kind, block, reason), same in fold(plan).items():
         size = f"{sum(row['nbytes'] for row in same):,}"
         shares = [int(share) for row in same for share in re.findall(r"(\d+)%", row["reason"])]
         if shares:
             reason = reason.replace("…", "-".join(map(str, sorted({min(shares), max(shares)}))))
         rows.append((path, sides, str(len(same)), kind, block, size, reason))
     headings = ("path", "shape", "count", "kind", "block", "bytes", "reason")
-    title = "gefen's plan (layers and exact tensors folded, their bytes summed)"
-    console.print(table_of(title, headings, rows, left=("path", "shape", "kind", "reason")))
+    title = f"{name}'s plan (layers and exact tensors folded, their bytes summed)"
+    return table_of(title, headings, rows, left=("path", "shape", "kind", "reason"))
 
 
 def table_of(
@@ -540,7 +543,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     special: dict[str, dict[str, Any]] = {
         "seeds": dict(type=seeds, help="how many (3: seeds 0, 1, 2) or which ones (4,7)"),
-        "optimizers": dict(type=names, help="comma-separated: adamw,gefen"),
+        "optimizers": dict(type=names, help="of adamw,gefen,gefen-shared"),
         "bf16": dict(nargs="?", const="compute", choices=["no", "compute", "params"]),
         "data": dict(type=Path, help="folder with text files, instead of the standard library"),
         "out": dict(type=Path, help="folder for the results"),

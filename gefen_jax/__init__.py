@@ -13,6 +13,7 @@ from gefen_jax._muon import scale_by_gefen_muon as scale_by_gefen_muon
 from gefen_jax._plan import LeafPlan as LeafPlan
 from gefen_jax._plan import Plan as Plan
 from gefen_jax._plan import plan_by_shape as plan_by_shape
+from gefen_jax._replan import replan as replan
 from gefen_jax._report import MemoryReport as MemoryReport
 from gefen_jax._report import memory_report as memory_report
 from gefen_jax._shared_blocks import SharedBlocks as SharedBlocks

@@ -5,6 +5,8 @@ import math
 from gefen_jax._blocks import Cut, Shape, block_size, make_block, read_cut
 from gefen_jax._constants import (
     DUAL_BLOCK,
+    DUAL_MAX,
+    DUAL_MIN,
     MAX_BLOCK,
     MIN_BLOCK,
     SMALL_LEAF,
@@ -103,9 +105,28 @@ def decided_by_size(specs: list[LeafSpec]) -> dict[str, tuple[Kind, str]]:
     return decided
 
 
+def dual_block(shape: Shape) -> Shape:
+    """The block of a dual code: a run of the last axis, of about DUAL_BLOCK elements.
+
+    A shorter last axis is taken whole, with a run of the axis before it, and so on, but never with
+    the first axis: the rows of an embedding have seen very different numbers of gradients, and in
+    one block the rare ones would fall below the range of the frequent ones. Only where that leaves
+    too few elements, or no run divides, the block is the one that `block_by_shape` finds.
+    """
+    axis, whole = len(shape) - 1, 1
+    while axis > 1 and whole * shape[axis] < DUAL_BLOCK:
+        whole *= shape[axis]
+        axis -= 1
+    runs = [d for d in _divisors(shape[axis]) if DUAL_MIN <= d * whole <= DUAL_MAX]
+    if not runs:
+        return block_by_shape(shape, DUAL_BLOCK)
+    run = min(runs, key=lambda d: abs(math.log2(d * whole / DUAL_BLOCK)))
+    return make_block(shape, Cut(axis, len(shape) - 1, run))
+
+
 def dual_code(shape: Shape) -> tuple[Kind, str]:
     """The dual code of a leaf, from its shape alone."""
-    block = block_by_shape(shape, DUAL_BLOCK)
+    block = dual_block(shape)
     return DualCode(block), f"by shape: {describe_block(shape, block)}"
 
 

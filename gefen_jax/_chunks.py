@@ -69,14 +69,15 @@ class Piece(NamedTuple):
         """The row-major position in the leaf of every element of this piece."""
         # Added up from one vector per axis: whole arrays of indices, the same at every turn, would
         # be stored in front of the loop.
-        ends = (None,) if view.inner == 1 else (None, None)
-        rows = self.row + jnp.arange(self.rows, dtype=jnp.uint32)
-        inside = jnp.arange(view.period, dtype=jnp.uint32) * np.uint32(view.inner)
-        position = (rows * np.uint32(view.period * view.inner))[:, *ends]
-        if view.inner == 1:
-            return position + inside
-        columns = self.column + jnp.arange(self.columns, dtype=jnp.uint32)
-        return position + inside[:, None] + columns
+        starts, sizes = (self.row, 0, self.column), (self.rows, view.period, self.columns)
+        strides = (view.period * view.inner, view.inner, 1)
+        shape = sizes[: len(view.shape)]
+        total = jnp.zeros((1,) * len(shape), jnp.uint32)
+        for axis, size in enumerate(shape):
+            index = starts[axis] + jnp.arange(size, dtype=jnp.uint32)
+            others = tuple(i for i in range(len(shape)) if i != axis)
+            total += jnp.expand_dims(index * np.uint32(strides[axis] & 0xFFFFFFFF), others)
+        return total
 
     def _start(self, x: Array) -> tuple[Any, ...]:
         # Unsigned: a signed index would be tested for being negative at every turn.

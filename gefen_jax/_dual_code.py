@@ -8,8 +8,9 @@ from jaxtyping import Array
 
 from gefen_jax._backend import in_best_form
 from gefen_jax._blocks import Shape, check_block, stats_shape
-from gefen_jax._dual_step import advance_dual, direction_dual
-from gefen_jax._types import Moments, Step
+from gefen_jax._dual_step import advance_dual, direction_dual, read_dual, write_dual
+from gefen_jax._step import by_equal_runs
+from gefen_jax._types import Codebooks, Moments, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,18 @@ class DualCode:
         """One step; see `gefen_jax._dual_step` for the equations."""
         new = in_best_form(advance_dual, g, moments, self.block, step)
         return direction_dual(g, new, self.block, step), new
+
+    def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
+        """What the byte of every element stands for."""
+        return read_dual(moments, self.block, codebooks.levels)
+
+    def write(self, mu: Array, nu: Array, codebooks: Codebooks) -> Moments:
+        """The nearest level of nu, then of mu relative to its root the nearest entry."""
+
+        def write_part(mu: Array, nu: Array, block: Shape) -> Moments:
+            return write_dual(mu, nu, block, codebooks.levels)
+
+        return by_equal_runs(write_part, mu, nu, self.block)
 
     @property
     def scale_block(self) -> Shape:

@@ -36,17 +36,19 @@ before coding needs an array of updates and gained nothing in validation loss.)
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt32
 
-from gefen_jax._blocks import Shape, flat_view, split, split_stats, spread
+from gefen_jax._blocks import Shape, flat_view, split, split_stats, spread, stats_shape
 from gefen_jax._chunks import Piece, over_pieces
 from gefen_jax._dither import dither, positions
-from gefen_jax._levels import level, round_to_level
+from gefen_jax._levels import Levels, level, round_to_level
 from gefen_jax._types import Decay, Moments, Step
 
 _MANTISSA = 23  # bits of a float32's mantissa
 _FINE = 8  # places below a group's largest that have levels at every place, further down every two
 _INFINITE = 255  # the biased exponent of inf
+_HALF = np.uint32(1 << 31)  # the fraction by which rounding takes the nearest
 
 
 def _nu_level(exponent: UInt8[Array, "..."], high: UInt8[Array, "..."]) -> Float[Array, "..."]:
@@ -82,11 +84,30 @@ def _moments(
     codes: UInt8[Array, "..."],
     scale: Float[Array, "..."],
     exponent: UInt8[Array, "..."],
-    step: Step,
+    levels: Levels,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """m and nu of every element."""
     nu = _nu_level(exponent, codes >> 4)
-    return level(step.levels, codes & 15) * (scale * jnp.sqrt(nu)), nu
+    return level(levels, codes & 15) * (scale * jnp.sqrt(nu)), nu
+
+
+def _code(
+    m: Float[Array, "..."],
+    nu: Float[Array, "..."],
+    fractions: tuple[UInt32[Array, "..."], UInt32[Array, "..."]],
+    inside: tuple[int, ...],
+    levels: Levels,
+) -> Moments:
+    """The codes of groups that are the axes ``inside``; the fractions round nu and m."""
+    nu_fraction, mu_fraction = fractions
+    exponent, high = _round_nu(nu, nu_fraction, inside)
+    root = jnp.sqrt(_nu_level(exponent, high))
+    x = m / jnp.where(root == 0, jnp.inf, root)
+    # XLA's maximum on a CPU passes over NaN; an infinite scale makes the group's updates NaN.
+    scale = jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)), axis=inside, keepdims=True)
+    x = x / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+    codes = round_to_level(levels, x, mu_fraction) | (high << 4)
+    return Moments(codes, scale, exponent)
 
 
 def _next(
@@ -99,18 +120,10 @@ def _next(
     """The state of groups that are the axes ``inside``, a step later."""
     decay: Decay = step.decay
     g = g.astype(jnp.float32)
-    m, nu = _moments(state.mu, state.scale, state.nu, step)
+    m, nu = _moments(state.mu, state.scale, state.nu, step.levels)
     m = m + decay.one_minus_b1 * (g - m)
     nu = decay.b2 * nu + decay.one_minus_b2 * jnp.square(g)
-    nu_fraction, mu_fraction = dither(step.phase, position)
-    exponent, high = _round_nu(nu, nu_fraction, inside)
-    root = jnp.sqrt(_nu_level(exponent, high))
-    x = m / jnp.where(root == 0, jnp.inf, root)
-    # XLA's maximum on a CPU passes over NaN; an infinite scale makes the group's updates NaN.
-    scale = jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)), axis=inside, keepdims=True)
-    x = x / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
-    codes = round_to_level(step.levels, x, mu_fraction) | (high << 4)
-    return Moments(codes, scale, exponent)
+    return _code(m, nu, dither(step.phase, position), inside, step.levels)
 
 
 def advance_dual(
@@ -159,13 +172,36 @@ def advance_dual(
     return Moments(*(x.reshape(old.shape) for x, old in zip(new, state, strict=True)))
 
 
+def read_dual(
+    state: Moments, block: Shape, levels: Levels
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """The moments of every element."""
+    scale, exponent = (spread(x, state.mu.shape, block) for x in (state.scale, state.nu))
+    return _moments(state.mu, scale, exponent, levels)
+
+
+def write_dual(
+    mu: Float[Array, "*shape"], nu: Float[Array, "*shape"], block: Shape, levels: Levels
+) -> Moments:
+    """The state nearest to the moments of every element. Runs must divide their axis.
+
+    The nearest level of nu is that in nu itself, not in its logarithm: nu is an average, and so is
+    right on average over elements, as the step's rounding is over steps.
+    """
+    blocked_mu, inside = split(mu, block)
+    blocked_nu, _ = split(nu, block)
+    half = jnp.full(blocked_mu.shape, _HALF)
+    codes, scale, exponent = _code(blocked_mu, blocked_nu, (half, half), inside, levels)
+    stats = stats_shape(mu.shape, block)
+    return Moments(codes.reshape(mu.shape), scale.reshape(stats), exponent.reshape(stats))
+
+
 def direction_dual(
     g: Float[Array, "*shape"], state: Moments, block: Shape, step: Step
 ) -> Float[Array, "*shape"]:
     """The update's direction from the state that `advance_dual` wrote, in the gradient's dtype."""
     decay: Decay = step.decay
-    scale, exponent = (spread(x, g.shape, block) for x in (state.scale, state.nu))
-    m, nu = _moments(state.mu, scale, exponent, step)
+    m, nu = read_dual(state, block, step.levels)
     if step.nesterov:
         now = g.astype(jnp.float32) / decay.correction1
         m_hat = decay.b1 * (m / decay.next_correction1) + decay.one_minus_b1 * now

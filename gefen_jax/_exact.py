@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
-from gefen_jax._types import Moments, Step
+from gefen_jax._types import Codebooks, Moments, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,14 @@ class Exact:
             m_hat = mu / decay.correction1
         update = m_hat / (jnp.sqrt(nu / decay.correction2 + decay.eps_root) + decay.eps)
         return update.astype(g.dtype), Moments(mu, None, nu)
+
+    def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
+        """The moments as they are."""
+        return moments.mu, moments.nu
+
+    def write(self, mu: Array, nu: Array, codebooks: Codebooks) -> Moments:
+        """The moments as they are."""
+        return Moments(mu, None, nu)
 
     @property
     def scale_block(self) -> None:

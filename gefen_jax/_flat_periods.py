@@ -8,8 +8,8 @@ from jaxtyping import Array
 
 from gefen_jax._backend import in_best_form
 from gefen_jax._blocks import Shape
-from gefen_jax._step import advance, direction
-from gefen_jax._types import Moments, Step
+from gefen_jax._step import advance, direction, read_moments, write_moments
+from gefen_jax._types import Codebooks, Moments, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,21 @@ class FlatPeriods:
         new = in_best_form(advance, flat, moments._replace(mu=moments.mu.reshape(-1)), block, step)
         update = direction(flat, new, block, step.encoder, step.decay, nesterov=step.nesterov)
         return update.reshape(g.shape), new._replace(mu=new.mu.reshape(g.shape))
+
+    def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
+        """As with shared blocks, on the flattened leaf."""
+        flat = moments._replace(mu=moments.mu.reshape(-1))
+        shape = moments.mu.shape
+        mu, nu = read_moments(flat, (self.group,), codebooks)
+        return mu.reshape(shape), nu.reshape(shape)
+
+    def write(self, mu: Array, nu: Array, codebooks: Codebooks) -> Moments:
+        """As with shared blocks, on the flattened leaf; with period 1, nu as it is."""
+        per_element = self.period == 1
+        new = write_moments(
+            mu.reshape(-1), nu.reshape(-1), (self.group,), codebooks, per_element=per_element
+        )
+        return new._replace(mu=new.mu.reshape(mu.shape))
 
     @property
     def scale_block(self) -> None:

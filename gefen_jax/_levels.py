@@ -40,7 +40,8 @@ def make_levels(codebook: Float[Array, "levels"]) -> Levels:
     edges = np.arange(_BINS, dtype=np.float32) / _HALF - 1
     below = jnp.sum(codebook[None, :-1] <= edges[:, None], axis=1, dtype=jnp.int32) - 1
     slope = take(1 / jnp.diff(codebook), below)
-    return Levels(codebook, below - take(codebook, below) * slope, slope)
+    start = below.astype(jnp.float32)
+    return Levels(codebook, start - take(codebook, below) * slope, slope)
 
 
 def round_to_level(
@@ -50,8 +51,9 @@ def round_to_level(
     # 16-bit integers, clamped as integers: see `gefen_jax._encoder`.
     bins = jnp.minimum(((x + 1) * _HALF).astype(jnp.uint16), _BINS - 1)
     place = take(levels.offset, bins) + take(levels.slope, bins) * x
-    # As signed 24-bit integers: vector units convert those, and 1 - 2^-24 is a float32.
-    u = (fraction >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
+    # 20 bits: the sum of a place below 16 and 1 - 2^-20 is a float32, so no entry rounds up. As
+    # signed integers: vector units convert those.
+    u = (fraction >> 12).astype(jnp.int32).astype(jnp.float32) * 2.0**-20
     return jnp.clip(jnp.floor(place + u), 0, levels.codebook.size - 1).astype(jnp.uint8)
 
 

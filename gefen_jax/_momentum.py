@@ -4,14 +4,20 @@ With c a codebook, per block of a leaf one float32 scale s and per element a cod
 
     m <- beta c[k] s + (1 - beta) g
     s <- max_block |m|
-    k <- nearest(c, m / s)                     (m / 0 counts as 0)
+    k <- m / s, rounded to an entry of c       (m / 0 counts as 0)
 
 that is the first moment of `gefen_jax._step`, for an optimizer without a second one. The caller
-gets m as it was before rounding: only what is remembered is rounded. The error that an element
-keeps is at most s times half the largest gap of the codebook, and of earlier roundings it
-remembers beta, beta^2 and so on: over a run at most beta / (1 - beta) times the largest of them.
+gets m as it was before rounding: only what is remembered is rounded. Of an error the next steps
+remember beta, beta^2 and so on: over a run at most beta / (1 - beta) times the largest of them.
 
-0 is in every codebook: an element that never had a gradient has the momentum 0 exactly.
+8 bits round to the nearest entry: an error of at most s times half the largest gap. With 4 bits
+that would be a trap. What lies nearer to an entry than half a gap, decay and gradient must move by
+half a gap in one step, or it stays where it is for ever. So 4 bits round to one of the two entries
+around m / s, by a fraction (`gefen_jax._dither`): off by up to a gap, but right on average, and
+over a few steps.
+
+0 is in every codebook, and rounds to itself: an element that never had a gradient has the momentum
+0 exactly.
 """
 
 import dataclasses
@@ -19,17 +25,29 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, UInt32
 
 from gefen_jax._blocks import Shape, block_size, read_cut, split, stats_shape, times_stats
 from gefen_jax._candidates import block_by_shape
 from gefen_jax._constants import SMALL_LEAF
+from gefen_jax._dither import dither, positions
 from gefen_jax._encoder import Encoder, decode, encode
 from gefen_jax._exact import Exact
 from gefen_jax._four_bits import group_block, pack, packed_shape, unpack
+from gefen_jax._levels import Levels, level, round_to_level
 from gefen_jax._types import Kind
 
 BITS = (4, 8, 32)
+
+
+class Dithered(NamedTuple):
+    """What codes of 4 bits are made and read with."""
+
+    levels: Levels
+    phase: UInt32[Array, "two"]  # of the leaf at this step
+
+
+Coder = Encoder | Dithered
 
 
 class Momentum(NamedTuple):
@@ -95,15 +113,17 @@ def init(shape: Shape, storage: Storage) -> Momentum:
 
 
 def read(
-    momentum: Momentum, shape: Shape, storage: Storage, encoder: Encoder | None
+    momentum: Momentum, shape: Shape, storage: Storage, coder: Coder | None
 ) -> Float[Array, "..."]:
     """The momentum in float32, of the leaf's shape."""
-    if storage.block is None or encoder is None:
+    if storage.block is None or coder is None:
         return momentum.mu
-    codes = momentum.mu
-    if storage.bits == 4:
-        codes = unpack(codes, shape, read_cut(shape, storage.block).axis)
-    return times_stats(decode(encoder, codes), momentum.scale, storage.block)
+    if isinstance(coder, Dithered):
+        codes = unpack(momentum.mu, shape, read_cut(shape, storage.block).axis)
+        entries = level(coder.levels, codes)
+    else:
+        entries = decode(coder, momentum.mu)
+    return times_stats(entries, momentum.scale, storage.block)
 
 
 def _block_max(x: Float[Array, "..."], block: Shape) -> Float[Array, "..."]:
@@ -119,16 +139,18 @@ def _block_max(x: Float[Array, "..."], block: Shape) -> Float[Array, "..."]:
     return jnp.max(blocked, axis=inside).reshape(stats_shape(shape, block))
 
 
-def _write(
-    m: Float[Array, "..."], storage: Storage, encoder: Encoder, exact_lookup: bool
-) -> Momentum:
-    """The nearest momentum that codes and scales can stand for."""
+def _write(m: Float[Array, "..."], storage: Storage, coder: Coder, exact_lookup: bool) -> Momentum:
+    """A momentum that codes and scales can stand for."""
     assert storage.block is not None
     scale = _block_max(m, storage.block)
     x = times_stats(m, 1 / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny), storage.block)
-    codes: UInt8[Array, "..."] = encode(encoder, x, exact_lookup=exact_lookup)
-    if storage.bits == 4:
+    if isinstance(coder, Dithered):
+        # The second fraction, as for the first moment in `gefen_jax._dual_step`.
+        _, fraction = dither(coder.phase, positions(m.shape))
+        codes = round_to_level(coder.levels, x, fraction)
         codes = pack(codes, read_cut(m.shape, storage.block).axis)
+    else:
+        codes = encode(coder, x, exact_lookup=exact_lookup)
     return Momentum(codes, scale)
 
 
@@ -138,7 +160,7 @@ def advance(
     beta: Any,
     one_minus_beta: Any,
     storage: Storage,
-    encoder: Encoder | None,
+    coder: Coder | None,
     *,
     exact_lookup: bool,
 ) -> tuple[Float[Array, "..."], Momentum]:
@@ -146,7 +168,7 @@ def advance(
 
     .. math::
       m_t = \beta\, c[k_{t-1}] s_{t-1} + (1 - \beta) g_t, \quad
-      s_t = \max_{block} |m_t|, \quad k_t = \mathrm{nearest}(c, m_t / s_t)
+      s_t = \max_{block} |m_t|, \quad k_t = \mathrm{round}_c(m_t / s_t)
 
     Args:
       g: The gradient, float32.
@@ -154,8 +176,8 @@ def advance(
       beta: Its decay rate.
       one_minus_beta: 1 - beta, subtracted in float64 where beta is a plain number.
       storage: How the leaf is kept.
-      encoder: Of the codebook; None if nothing is coded.
-      exact_lookup: What `gefen_jax._encoder.lookup_is_exact` says of the codebook.
+      coder: Of the codebook, and for 4 bits of this step; None if nothing is coded.
+      exact_lookup: What `gefen_jax._encoder.lookup_is_exact` says of a codebook of 8 bits.
 
     Returns:
       m_t in float32, not rounded to codes, and the new momentum.
@@ -166,13 +188,13 @@ def advance(
     Examples:
       >>> from gefen_jax._encoder import make_encoder
       >>> from gefen_jax._builtin import builtin_codebook
-      >>> storage, encoder = Storage(4, (1, 64)), make_encoder(jnp.asarray(builtin_codebook(16)))
+      >>> storage, encoder = Storage(8, (1, 64)), make_encoder(jnp.asarray(builtin_codebook()))
       >>> g = jnp.linspace(-2, 2, 128).reshape(1, 128)
       >>> old = init((1, 128), storage)
       >>> m, new = advance(g, old, 0.5, 0.5, storage, encoder, exact_lookup=True)
       >>> error = jnp.abs(m - read(new, (1, 128), storage, encoder)).max()
-      >>> print(new.mu.shape, new.scale, bool(error < 0.125))
-      (1, 64) [[1. 1.]] True
+      >>> print(new.mu.shape, new.scale, bool(error < 0.015))
+      (1, 128) [[1. 1.]] True
 
     References:
       Benedek, Koren and Fried, `Gefen: Optimized Stochastic Optimizer
@@ -181,10 +203,10 @@ def advance(
     if storage.block is not None:
         g, momentum = _refuse_gradient((g, momentum))
     # The order of `optax.tree.update_moment`, so that 32 bits are optax.contrib.muon.
-    m = one_minus_beta * g + beta * read(momentum, g.shape, storage, encoder)
-    if storage.block is None or encoder is None:
+    m = one_minus_beta * g + beta * read(momentum, g.shape, storage, coder)
+    if storage.block is None or coder is None:
         return m, Momentum(m, None)
-    return m, _write(m, storage, encoder, exact_lookup)
+    return m, _write(m, storage, coder, exact_lookup)
 
 
 @jax.custom_jvp

@@ -17,8 +17,10 @@ from optax.contrib import MuonDimensionNumbers
 from gefen_jax._alias import gefen
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._candidates import kinds_by_shape
-from gefen_jax._constants import CODES, LEVELS
+from gefen_jax._constants import LEVELS
+from gefen_jax._dither import leaf_phases
 from gefen_jax._encoder import lookup_is_exact, make_encoder
+from gefen_jax._levels import make_levels
 from gefen_jax._matrices import (
     DimensionNumbers,
     from_matrices,
@@ -26,7 +28,16 @@ from gefen_jax._matrices import (
     shape_factor,
     to_matrices,
 )
-from gefen_jax._momentum import BITS, Momentum, Storage, advance, init, storage_for
+from gefen_jax._momentum import (
+    BITS,
+    Coder,
+    Dithered,
+    Momentum,
+    Storage,
+    advance,
+    init,
+    storage_for,
+)
 from gefen_jax._newton_schulz import (
     PRESETS,
     check_preconditioning,
@@ -75,12 +86,12 @@ class _Recipe(NamedTuple):
     exact_lookup: bool
 
 
-def _step_leaf(g, momentum, scalars, encoder, coefficients, *, storage, axes, recipe):
+def _step_leaf(g, momentum, scalars, coder, coefficients, *, storage, axes, recipe):
     """One step of one leaf: the update, in the gradient's dtype, and the new momentum."""
     g32 = g.astype(jnp.float32)
     beta, one_minus_beta, eps, correction, next_correction = scalars
     m, momentum = advance(
-        g32, momentum, beta, one_minus_beta, storage, encoder, exact_lookup=recipe.exact_lookup
+        g32, momentum, beta, one_minus_beta, storage, coder, exact_lookup=recipe.exact_lookup
     )
     if recipe.nesterov:
         m_hat = beta * (m / next_correction) + one_minus_beta * (g32 / correction)
@@ -95,7 +106,7 @@ def _step_leaf(g, momentum, scalars, encoder, coefficients, *, storage, axes, re
 
 
 @functools.partial(jax.jit, static_argnames=("storage", "axes", "recipe"))
-def _update_leaf(g, momentum, scalars, encoder, coefficients, *, storage, axes, recipe):
+def _update_leaf(g, momentum, scalars, coder, coefficients, *, storage, axes, recipe):
     """Jitted so that leaves of equal shape are traced and lowered once."""
     step: Callable[..., Any] = functools.partial(
         _step_leaf, storage=storage, axes=axes, recipe=recipe
@@ -105,7 +116,7 @@ def _update_leaf(g, momentum, scalars, encoder, coefficients, *, storage, axes, 
         # choose: the compiler does, as it does on Auto axes.
         shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (g, momentum))
         step = jax.sharding.auto_axes(step, out_sharding=shardings)
-    return step(g, momentum, scalars, encoder, coefficients)
+    return step(g, momentum, scalars, coder, coefficients)
 
 
 def _storages(specs: list[LeafSpec], plan: Plan | None, bits: int) -> list[Storage | None]:
@@ -160,13 +171,15 @@ def scale_by_gefen_muon(
 
     .. math::
       m_t &= \beta\, c[k_{t-1}] s_{t-1} + (1 - \beta) g_t, \quad
-      s_t = \max_{block} |m_t|, \quad k_t = \mathrm{nearest}(c, m_t / s_t) \\
+      s_t = \max_{block} |m_t|, \quad k_t = \mathrm{round}_c(m_t / s_t) \\
       u_t &= \mathrm{NewtonSchulz}\left(\beta \frac{m_t}{1 - \beta^{t+1}} +
       (1 - \beta) \frac{g_t}{1 - \beta^t}\right)
 
     and without Nesterov momentum of :math:`m_t / (1 - \beta^t)`. The update sees :math:`m_t` as it
-    was before rounding: only what is remembered is rounded. Arithmetic is float32 whatever the
-    gradient's dtype; updates leave in the gradient's dtype.
+    was before rounding: only what is remembered is rounded, with 8 bits to the nearest entry of
+    :math:`c`, with 4 up or down so that it is right on average. That is decided by the leaf's path,
+    the position in it and the count, so there is no key to thread and a run resumes bit for bit.
+    Arithmetic is float32 whatever the gradient's dtype; updates leave in the gradient's dtype.
 
     Names, order, defaults and meanings are those of `optax.contrib.scale_by_muon`, without
     ``mu_dtype``, and with ``plan`` and ``bits``.
@@ -186,8 +199,8 @@ def scale_by_gefen_muon(
         there or for a leaf, means a matrix.
       plan: From `calibrate`: blocks, and for 8 bits the codebook. None for blocks by shape and a
         built-in codebook.
-      bits: 8; 4, groups of 64 with sixteen levels, whose rounding can be seen in the loss; or 32,
-        a momentum in float32.
+      bits: 8; 4, groups of 64 with sixteen levels, whose rounding can be seen in the loss (see
+        `gefen_muon`); or 32, a momentum in float32.
 
     Returns:
       A `optax.GradientTransformationExtraArgs` whose state is a `ScaleByGefenMuonState` with its
@@ -263,16 +276,17 @@ def scale_by_gefen_muon(
         entries = DimensionNumbers(weight_dimension_numbers, updates if params is None else params)
         count = jnp.asarray(optax.safe_increment(state.count))
         scalars = _scalars(beta, eps, count)
-        encoder = None if codebook is None else make_encoder(state.codebook)
+        coders = _coders(state.codebook, bits, specs, count)
         new_updates = [g for _, g in flat]
-        for i, spec, storage in zip(present, specs, _storages(specs, plan, bits), strict=True):
+        storages = _storages(specs, plan, bits)
+        for i, spec, storage, coder in zip(present, specs, storages, coders, strict=True):
             _check_state(spec, storage, moments[i])
             if storage is not None:
                 new_updates[i], moments[i] = _update_leaf(
                     new_updates[i],
                     moments[i],
                     scalars,
-                    encoder,
+                    coder,
                     coefficients,
                     storage=storage,
                     axes=read_axes(spec.path, spec.shape, entries[flat[i][0]]),
@@ -288,11 +302,23 @@ def _codebook(plan: Plan | None, bits: int) -> tuple[np.ndarray | None, bool]:
     """The codebook that a state starts with, and whether its lookup table is exact."""
     if bits == 32:
         return None, True
-    if bits == 8 and plan is not None:
-        return np.asarray(plan.codebook, np.float32), plan.exact_lookup
-    # The plan's codebook has 256 entries: nothing in it says which sixteen would be the best.
-    codebook = np.asarray(builtin_codebook(LEVELS if bits == 4 else CODES), np.float32)
-    return codebook, lookup_is_exact(codebook)
+    if bits == 4:
+        # The plan's codebook has 256 entries: nothing in it says which sixteen would be the best.
+        return np.asarray(builtin_codebook(LEVELS), np.float32), True
+    codebook = np.asarray(builtin_codebook() if plan is None else plan.codebook, np.float32)
+    return codebook, lookup_is_exact(codebook) if plan is None else plan.exact_lookup
+
+
+def _coders(
+    codebook: Any, bits: int, specs: list[LeafSpec], count: Int[Array, ""]
+) -> list[Coder | None]:
+    """What the codes of every leaf are made and read with in this step."""
+    if bits == 32:
+        return [None] * len(specs)
+    if bits == 8:
+        return [make_encoder(codebook)] * len(specs)
+    levels, phases = make_levels(codebook), leaf_phases([s.path for s in specs], count)
+    return [Dithered(levels, phases[i]) for i in range(len(specs))]
 
 
 def _scalars(beta: Any, eps: Any, count: Int[Array, ""]) -> _Scalars:
@@ -398,8 +424,10 @@ def gefen_muon(
         makes updates as large as AdamW's (Liu et al.).
       plan: From `calibrate`, for all parameters; or None for blocks by shape and a built-in
         codebook.
-      bits: Bits of Muon's momentum per element: 8; 4, whose rounding can be seen in the loss (in
-        small regressions on noisy data it ended a sixth to a half higher); or 32, Muon itself.
+      bits: Bits of Muon's momentum per element: 8; 4, whose rounding can be seen in the loss; or
+        32, Muon itself. In twenty small regressions of 80 to 400 steps, with full and with small
+        batches, the mean loss of six seeds was 0 to 14 % above Muon's with 4 bits, and within 1 %
+        of it with 8.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.
@@ -417,10 +445,12 @@ def gefen_muon(
       >>> params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros(128)}
       >>> tx = gx.gefen_muon(0.3)
       >>> opt_state = tx.init(params)
-      >>> update = jax.jit(tx.update)
+      >>> @jax.jit
+      ... def step(params, opt_state):
+      ...   updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+      ...   return optax.apply_updates(params, updates), opt_state
       >>> for _ in range(100):
-      ...   updates, opt_state = update(jax.grad(loss)(params), opt_state, params)
-      ...   params = optax.apply_updates(params, updates)
+      ...   params, opt_state = step(params, opt_state)
       >>> print(bool(loss(params) < 0.02))
       True
 

@@ -15,7 +15,7 @@ import numpy as np
 from gefen_jax._blocks import Shape
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._candidates import KINDS_BY_SHAPE, kinds_by_shape
-from gefen_jax._constants import CODES
+from gefen_jax._constants import CODES, LEVELS
 from gefen_jax._encoder import lookup_is_exact
 from gefen_jax._kinds import KINDS
 from gefen_jax._paths import LeafSpec, param_specs
@@ -175,9 +175,9 @@ class Plan:
 
     @property
     def bytes_per_param(self) -> float:
-        """Bytes of the whole optimizer state (moments, codebook, count) per parameter."""
+        """Bytes of the whole optimizer state (moments, codebooks, count) per parameter."""
         size = sum(leaf.size for leaf in self.leaves if leaf.nbytes)
-        total = sum(leaf.nbytes for leaf in self.leaves) + 4 * CODES + 4
+        total = sum(leaf.nbytes for leaf in self.leaves) + 4 * (CODES + LEVELS) + 4
         return total / size if size else 0.0
 
     def table(self) -> tuple[PlanRow, ...]:

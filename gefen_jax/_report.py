@@ -7,8 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gefen_jax._muon import ScaleByGefenMuonState
 from gefen_jax._paths import path_name
 from gefen_jax._transform import ScaleByGefenState
+from gefen_jax._types import Moments
+
+_STATES = (ScaleByGefenState, ScaleByGefenMuonState)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +45,33 @@ def memory_report(opt_state: Any) -> MemoryReport:
       >>> params = {"w": jnp.zeros((1024, 1024))}
       >>> report = gx.memory_report(gx.gefen(1e-3).init(params))
       >>> report.by_tensor
-      {'w': 1056768}
-      >>> report.by_field
-      {'count': 4, 'codebook': 1024, 'mu': 1048576, 'scale': 4096, 'nu': 4096, 'other': 0}
+      {'w': 1069056}
+      >>> for field, nbytes in report.by_field.items():
+      ...   print(field, nbytes)
+      count 4
+      codebook 1024
+      codebook4 64
+      mu 1048576
+      scale 16384
+      nu 4096
+      other 0
+      >>> gx.memory_report(gx.gefen_muon(1e-3, bits=4).init(params)).by_tensor
+      {'w': 589824}
     """
     by_field = dict.fromkeys((*ScaleByGefenState._fields, "other"), 0)
     by_tensor: dict[str, int] = defaultdict(int)
 
     def visit(node: Any) -> None:
-        if not isinstance(node, ScaleByGefenState):
+        if not isinstance(node, _STATES):
             by_field["other"] += _nbytes(node)
             return
         for field in node._fields:
             by_field[field] += _nbytes(getattr(node, field))
-        for field in (node.mu, node.scale, node.nu):
-            for path, leaf in jax.tree_util.tree_flatten_with_path(field)[0]:
+        for slot in Moments._fields:
+            for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(node, slot, None))[0]:
                 by_tensor[path_name(path)] += _nbytes(leaf)
 
-    jax.tree.map(visit, opt_state, is_leaf=lambda x: isinstance(x, ScaleByGefenState))
+    jax.tree.map(visit, opt_state, is_leaf=lambda x: isinstance(x, _STATES))
     return MemoryReport(sum(by_field.values()), by_field, dict(by_tensor))
 
 

@@ -8,8 +8,8 @@ from jaxtyping import Array
 
 from gefen_jax._backend import in_best_form
 from gefen_jax._blocks import Shape, check_block, stats_shape
-from gefen_jax._step import advance, direction
-from gefen_jax._types import Moments, Step
+from gefen_jax._step import advance, by_equal_runs, direction, read_moments, write_moments
+from gefen_jax._types import Codebooks, Moments, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,18 @@ class SharedBlocks:
         new = in_best_form(advance, g, moments, self.block, step)
         update = direction(g, new, self.block, step.encoder, step.decay, nesterov=step.nesterov)
         return update, new
+
+    def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
+        """Entries of the codebook times their scales, and every block's nu for all of it."""
+        return read_moments(moments, self.block, codebooks)
+
+    def write(self, mu: Array, nu: Array, codebooks: Codebooks) -> Moments:
+        """Nearest codes at the block's scale, and the block's mean of nu."""
+
+        def write_part(mu: Array, nu: Array, block: Shape) -> Moments:
+            return write_moments(mu, nu, block, codebooks)
+
+        return by_equal_runs(write_part, mu, nu, self.block)
 
     @property
     def scale_block(self) -> Shape:

@@ -33,11 +33,13 @@ from gefen_jax._blocks import (
     runs_divide,
     split,
     split_stats,
+    spread,
+    stats_shape,
     times_stats,
 )
 from gefen_jax._chunks import Piece, over_pieces
 from gefen_jax._encoder import Encoder, decode, encode
-from gefen_jax._types import Decay, Moments, Step
+from gefen_jax._types import Codebooks, Decay, Moments, Step
 
 
 def _next_nu(
@@ -48,6 +50,15 @@ def _next_nu(
     if nu.shape != square.shape:
         square = jnp.mean(square, axis=inside, keepdims=True)
     return decay.b2 * nu + decay.one_minus_b2 * square
+
+
+def _code_mu(
+    m: Float[Array, "..."], inside: tuple[int, ...], encoder: Encoder, exact_lookup: bool
+) -> tuple[UInt8[Array, "..."], Float[Array, "..."]]:
+    """The nearest codes and the scales of a first moment in blocks that are the axes ``inside``."""
+    scale = jnp.max(jnp.abs(m), axis=inside, keepdims=True)
+    x = m / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+    return encode(encoder, x, exact_lookup=exact_lookup), scale
 
 
 def _next_mu(
@@ -62,9 +73,7 @@ def _next_mu(
     """The first moment's codes and scales, of blocks that are the axes ``inside``."""
     m = decode(encoder, codes) * scale
     m = m + decay.one_minus_b1 * (g.astype(jnp.float32) - m)
-    scale = jnp.max(jnp.abs(m), axis=inside, keepdims=True)
-    x = m / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
-    return encode(encoder, x, exact_lookup=exact_lookup), scale
+    return _code_mu(m, inside, encoder, exact_lookup)
 
 
 def advance(
@@ -120,16 +129,17 @@ def advance(
 
 
 def by_equal_runs(
-    advance_part: Callable[[Array, Moments, Shape], Any], g: Array, state: Moments, block: Shape
+    of_part: Callable[[Array, Any, Shape], Any], x: Array, others: Any, block: Shape
 ) -> Any:
-    """Applies a step that wants equal blocks to a leaf whose last run may be shorter.
+    """Applies a function that wants equal blocks to a leaf whose last run may be shorter.
 
-    What the step returns, any tree of arrays in blocks like the leaf or its statistics, is joined.
+    The others, and what the function returns, are any trees of arrays in blocks like the leaf or
+    its statistics; what it returns is joined.
     """
-    if runs_divide(g.shape, block):
-        return advance_part(g, state, block)
-    axis = read_cut(g.shape, block).axis
-    run, size = block[axis], g.shape[axis]
+    if runs_divide(x.shape, block):
+        return of_part(x, others, block)
+    axis = read_cut(x.shape, block).axis
+    run, size = block[axis], x.shape[axis]
 
     def part(x: Array, low: int, high: int) -> Array:
         if x.shape[axis] != size:  # statistics
@@ -137,8 +147,12 @@ def by_equal_runs(
         return jax.lax.slice_in_dim(x, low, high, axis=axis)
 
     parts = [
-        advance_part(part(g, low, high), Moments(*(part(x, low, high) for x in state)), part_block)
-        for low, high, part_block in equal_parts(g.shape, block)
+        of_part(
+            part(x, low, high),
+            jax.tree.map(lambda y: part(y, low, high), others),  # noqa: B023 (used at once)
+            part_block,
+        )
+        for low, high, part_block in equal_parts(x.shape, block)
     ]
     return jax.tree.map(lambda *both: jnp.concatenate(both, axis=axis), *parts)
 
@@ -173,3 +187,33 @@ def direction(
         m_hat = m_hat / decay.correction1
     update = m_hat / root if per_element else times_stats(m_hat, 1 / root, block)
     return update.astype(g.dtype)
+
+
+def read_moments(
+    state: Moments, block: Shape, codebooks: Codebooks
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """The moments of every element."""
+    mu = times_stats(decode(codebooks.encoder, state.mu), state.scale, block)
+    per_element = state.nu.shape == mu.shape
+    return mu, state.nu if per_element else spread(state.nu, mu.shape, block)
+
+
+def write_moments(
+    mu: Float[Array, "*shape"],
+    nu: Float[Array, "*shape"],
+    block: Shape,
+    codebooks: Codebooks,
+    *,
+    per_element: bool = False,
+) -> Moments:
+    """The state nearest to the moments of every element. Runs must divide their axis."""
+    blocked, inside = split(mu, block)
+    codes, scale = _code_mu(blocked, inside, codebooks.encoder, codebooks.exact_lookup)
+    stats = stats_shape(mu.shape, block)
+    if not per_element:
+        blocked, inside = split(nu, block)
+        mean = jnp.mean(blocked, axis=inside)
+        # A mean lies between the extremes; where a block's numbers are equal, so that it is theirs.
+        nu = jnp.clip(mean, jnp.min(blocked, axis=inside), jnp.max(blocked, axis=inside))
+        nu = nu.reshape(stats)
+    return Moments(codes.reshape(mu.shape), scale.reshape(stats), nu)

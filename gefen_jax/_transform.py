@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +70,7 @@ def _describe_state(state: Any) -> str:
     return ", ".join(f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in leaves) or "nothing"
 
 
-def _check_state(spec: LeafSpec, kind: Kind, moments: Moments) -> None:
+def check_state(spec: LeafSpec, kind: Kind, moments: Moments) -> None:
     """The state must be the one that this kind of leaf starts with, in all but its values."""
     expected = jax.eval_shape(lambda: kind.init(spec.shape))
     same = jax.tree.structure(expected) == jax.tree.structure(moments) and all(
@@ -84,9 +85,40 @@ def _check_state(spec: LeafSpec, kind: Kind, moments: Moments) -> None:
         )
 
 
+def state_leaves(
+    state: ScaleByGefenState, paths: Sequence[tuple[Any, ...]], treedef: Any
+) -> tuple[list[LeafSpec], list[Moments]]:
+    """The spec and the moments of every leaf at these key paths, in the treedef's order."""
+    slots = (treedef.flatten_up_to(getattr(state, slot)) for slot in Moments._fields)
+    moments = [Moments(*leaf) for leaf in zip(*slots, strict=True)]
+    specs = [_state_spec(path_name(p), leaf.mu) for p, leaf in zip(paths, moments, strict=True)]
+    return specs, moments
+
+
 def _state_spec(path: str, mu: Any) -> LeafSpec:
     # A gradient may be None, the state is always there: mu has the leaf's shape.
     return LeafSpec(path, () if mu is None else tuple(jnp.shape(mu)), mu is not None)
+
+
+def check_plan(name: str, plan: Any) -> None:
+    """Raises TypeError unless the argument is a plan or None, for the plan by shape."""
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"`{name}` must be a gefen_jax.Plan or None, got {type(plan).__name__}")
+
+
+def kinds_of(specs: list[LeafSpec], plan: Plan | None) -> dict[str, Kind]:
+    """The kinds of the given leaves, by the plan or by shape."""
+    if plan is None:
+        return {path: kind for path, (kind, _) in kinds_by_shape(specs).items()}
+    return plan.kinds(specs)
+
+
+def codebook_of(plan: Plan | None) -> tuple[Float[np.ndarray, "codes"], bool]:
+    """The codebook that a state starts with, and whether its lookup table is exact."""
+    if plan is not None:
+        return np.asarray(plan.codebook, np.float32), plan.exact_lookup
+    codebook = np.asarray(builtin_codebook(), np.float32)
+    return codebook, lookup_is_exact(codebook)
 
 
 def scale_by_gefen(
@@ -156,26 +188,19 @@ def scale_by_gefen(
     check_number("eps", eps, 0.0, math.inf, open_end=True)
     check_number("eps_root", eps_root, 0.0, math.inf, open_end=True)
     check_backend(backend)
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"`plan` must be a gefen_jax.Plan or None, got {type(plan).__name__}")
-    codebook = np.asarray(builtin_codebook() if plan is None else plan.codebook, np.float32)
-    exact_lookup = lookup_is_exact(codebook) if plan is None else plan.exact_lookup
-
-    def kinds_of(specs: list[LeafSpec]) -> dict[str, Kind]:
-        if plan is None:
-            return {path: kind for path, (kind, _) in kinds_by_shape(specs).items()}
-        return plan.kinds(specs)
+    check_plan("plan", plan)
+    codebook, exact_lookup = codebook_of(plan)
 
     def init_fn(params: optax.Params) -> ScaleByGefenState:
         flat, treedef = jax.tree_util.tree_flatten_with_path(params)
         specs = [leaf_spec(path_name(path), leaf) for path, leaf in flat]
-        kinds = kinds_of(specs)
+        kinds = kinds_of(specs, plan)
         moments = [kinds[s.path].init(s.shape) for s in specs]
         return ScaleByGefenState(
             count=jnp.zeros([], jnp.int32),
             codebook=jnp.array(codebook),  # fresh buffers: state may be donated
             codebook4=jnp.array(builtin_codebook(LEVELS)),
-            **_by_slot(treedef, moments),
+            **by_slot(treedef, moments),
         )
 
     def update_fn(
@@ -186,13 +211,10 @@ def scale_by_gefen(
     ) -> tuple[optax.Updates, ScaleByGefenState]:
         del params, extra_args
         flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
-        old_slots = (treedef.flatten_up_to(getattr(state, slot)) for slot in Moments._fields)
-        moments = [Moments(*leaf) for leaf in zip(*old_slots, strict=True)]
-        specs = [
-            _state_spec(path_name(path), leaf.mu)
-            for (path, _), leaf in zip(flat, moments, strict=True)
-        ]
-        kinds = kinds_of(specs)
+        specs, moments = state_leaves(state, [path for path, _ in flat], treedef)
+        kinds = kinds_of(specs, plan)
+        for spec, old in zip(specs, moments, strict=True):
+            check_state(spec, kinds[spec.path], old)
         count = optax.safe_increment(state.count)
         arrays = {
             "decay": _decay(b1, b2, eps, eps_root, count),
@@ -202,8 +224,6 @@ def scale_by_gefen(
         phases = leaf_phases([spec.path for spec in specs], jnp.asarray(count))
         new_updates, new_moments = [], []
         for i, ((_, g), spec, old) in enumerate(zip(flat, specs, moments, strict=True)):
-            kind = kinds[spec.path]
-            _check_state(spec, kind, old)
             update, new = g, old
             if g is not None and spec.trained:
                 _check_gradient(spec, g)
@@ -211,7 +231,7 @@ def scale_by_gefen(
                     g,
                     old,
                     arrays | {"phase": phases[i]},
-                    kind=kind,
+                    kind=kinds[spec.path],
                     nesterov=nesterov,
                     exact_lookup=exact_lookup,
                     backend=backend,
@@ -219,14 +239,14 @@ def scale_by_gefen(
             new_updates.append(update)
             new_moments.append(new)
         new_state = ScaleByGefenState(
-            jnp.asarray(count), state.codebook, state.codebook4, **_by_slot(treedef, new_moments)
+            jnp.asarray(count), state.codebook, state.codebook4, **by_slot(treedef, new_moments)
         )
         return treedef.unflatten(new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _by_slot(treedef: Any, moments: list[Moments]) -> dict[str, Any]:
+def by_slot(treedef: Any, moments: list[Moments]) -> dict[str, Any]:
     """The moments of all leaves as one tree per slot."""
     return {
         slot: treedef.unflatten([getattr(leaf, slot) for leaf in moments])

@@ -48,6 +48,14 @@ class Step(NamedTuple):
     backend: str | None
 
 
+class Codebooks(NamedTuple):
+    """What the codes of a state stand for: all that reading and writing moments needs."""
+
+    encoder: Encoder  # codes of 8 bits
+    levels: Levels  # codes of 4 bits
+    exact_lookup: bool  # what `gefen_jax._encoder.lookup_is_exact` found; for writing
+
+
 @runtime_checkable
 class Kind(Protocol):
     """How the moments of one leaf are kept: a frozen, hashable dataclass, one file each.
@@ -68,6 +76,21 @@ class Kind(Protocol):
 
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """One step: the direction, in the gradient's dtype, and the new moments."""
+        ...
+
+    def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
+        """The first and the second moment of every element, float32 of the leaf's shape.
+
+        None, twice, of a leaf without state.
+        """
+        ...
+
+    def write(self, mu: Array, nu: Array, codebooks: Codebooks) -> Moments:
+        """The state whose `read` is nearest to these moments, as this kind can hold them.
+
+        ``mu`` and ``nu`` are float32 of the leaf's shape. No dither: equal moments give equal
+        states. Writing what was read gives the same moments again, but for rounding.
+        """
         ...
 
     @property

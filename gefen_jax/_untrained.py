@@ -1,12 +1,12 @@
 """Leaves that have no moments: integers, booleans, random keys."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
-from gefen_jax._types import Moments, Step
+from gefen_jax._types import Codebooks, Moments, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,14 @@ class Untrained:
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """The gradient (zeros, float0 or None) unchanged."""
         return g, moments
+
+    def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Any, Any]:
+        """Nothing, twice."""
+        return None, None
+
+    def write(self, mu: Any, nu: Any, codebooks: Codebooks) -> Moments:
+        """No state."""
+        return Moments(None, None, None)
 
     @property
     def scale_block(self) -> None:

@@ -15,6 +15,7 @@ _PACKAGE = pathlib.Path(gx.__file__).parent
 _MODULES = sorted(_PACKAGE.rglob("*.py"))
 
 PUBLIC = [
+    "DualCode",
     "Exact",
     "FlatPeriods",
     "LeafPlan",
@@ -29,6 +30,7 @@ PUBLIC = [
     "gefen_muon",
     "memory_report",
     "plan_by_shape",
+    "replan",
     "scale_by_gefen",
     "scale_by_gefen_muon",
 ]

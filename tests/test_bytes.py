@@ -1,9 +1,10 @@
 """Bytes of state per parameter on the shapes of real models: by shape, calibrated, and at worst.
 
-Why these bounds can hold: a coded leaf takes 1 byte per element and 8 per block, 1 + 8 / 1024 with
-the blocks aimed at and 1 + 8 / 256 with the smallest allowed; a leaf of at most 4,096 elements and
-the vectors, under 1 % of these models, take 8 bytes per element. Every number below is exact
-arithmetic on shapes: the bounds have no tolerance.
+Why these bounds can hold: a leaf of shared blocks takes 1 byte per element and 8 per block, 1 +
+8 / 1024 with the blocks aimed at and 1 + 8 / 256 with the smallest allowed; a dual code 1 + 5 / 256
+but where axes are short, its blocks go by shape alone; a leaf of at most 4,096 elements and the
+vectors, under 1 % of these models, take 8 bytes per element. Every number below is exact arithmetic
+on shapes: the bounds have no tolerance.
 """
 
 import dataclasses
@@ -24,12 +25,12 @@ from gefen_jax._blocks import stats_shape
 from gefen_jax._candidates import block_by_shape, candidate_blocks
 from gefen_jax._constants import MIN_BLOCK
 
-# Model, parameters, the bound by shape and calibrated, the bound for any gradient.
+# Model, parameters; bounds: shared blocks by shape and calibrated, dual codes, any gradient.
 MODELS = {
-    "gpt2_small": (shapes.gpt2_small, 124_439_808, 1.02, 1.05),
-    "llama_1b": (shapes.llama_1b, 1_498_482_688, 1.02, 1.05),
-    "vit_b16": (shapes.vit_b16, 86_567_656, 1.02, 1.05),
-    "resnet50": (shapes.resnet50, 25_557_032, 1.04, 1.05),
+    "gpt2_small": (shapes.gpt2_small, 124_439_808, 1.02, 1.03, 1.05),
+    "llama_1b": (shapes.llama_1b, 1_498_482_688, 1.02, 1.02, 1.05),
+    "vit_b16": (shapes.vit_b16, 86_567_656, 1.02, 1.03, 1.05),
+    "resnet50": (shapes.resnet50, 25_557_032, 1.04, 1.04, 1.05),
 }
 
 # Vocabularies are calibrated on a divisor of their rows: a block of the part also divides the
@@ -73,23 +74,25 @@ def report(record_property: Callable[[str, object], None], model: str, plan: gx.
 
 @pytest.mark.parametrize("model", MODELS)
 def test_shapes_are_those_of_the_model(model):
-    build, size, _, _ = MODELS[model]
+    build, size, *_ = MODELS[model]
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(build())) == size
 
 
+@pytest.mark.parametrize("kind", ["shared_blocks", "dual_code"])
 @pytest.mark.parametrize("model", MODELS)
-def test_by_shape(model, record_property):
-    build, _, bound, _ = MODELS[model]
-    plan = gx.plan_by_shape(build())
+def test_by_shape(model, kind, record_property):
+    build, _, shared, dual, _ = MODELS[model]
+    plan = gx.plan_by_shape(build(), kind=kind)
     report(record_property, model, plan)
-    assert plan.bytes_per_param <= bound
+    assert plan.bytes_per_param <= {"shared_blocks": shared, "dual_code": dual}[kind]
 
 
+@pytest.mark.parametrize("kind", ["shared_blocks", "dual_code"])
 @pytest.mark.parametrize("model", MODELS)
-def test_state_weighs_what_the_plan_says(model):
-    build, size, _, _ = MODELS[model]
+def test_state_weighs_what_the_plan_says(model, kind):
+    build, size, *_ = MODELS[model]
     params = build()
-    plan = gx.plan_by_shape(params)
+    plan = gx.plan_by_shape(params, kind=kind)
     state = jax.eval_shape(gx.scale_by_gefen(plan=plan).init, params)
     assert gx.memory_report(state).total_bytes == round(plan.bytes_per_param * size)
 
@@ -106,8 +109,8 @@ def structured_gradient(shape: tuple[int, ...]) -> np.ndarray:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_calibrated_on_structured_gradients(model, record_property):
-    build, size, bound, _ = MODELS[model]
-    by_shape = gx.plan_by_shape(build())
+    build, size, bound, *_ = MODELS[model]
+    by_shape = gx.plan_by_shape(build(), kind="shared_blocks")
     held = Counter()
     for leaf in filter(coded, by_shape.leaves):
         held[leaf.shape] += leaf.size
@@ -134,9 +137,9 @@ def test_calibrated_on_structured_gradients(model, record_property):
 def test_whatever_the_gradient(model, record_property):
     # Any gradient gives a leaf one of its candidates or its block by shape (tested below): the
     # heaviest of them at every leaf bounds them all.
-    build, _, _, bound = MODELS[model]
+    build, *_, bound = MODELS[model]
 
-    plan = with_blocks(gx.plan_by_shape(build()), heaviest)
+    plan = with_blocks(gx.plan_by_shape(build(), kind="shared_blocks"), heaviest)
     report(record_property, model, plan)
     assert plan.bytes_per_param <= bound
 

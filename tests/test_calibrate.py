@@ -111,7 +111,7 @@ def test_planted_periods_are_found_by_the_reference(name):
 @blocks_only
 def test_without_structure_blocks_follow_the_shape():
     grads = {"w": _noise(64, 512), "conv": _noise(3, 3, 64, 64), "long": _noise(8, 2048)}
-    plan, by_shape = gx.calibrate(grads, grads), gx.plan_by_shape(grads)
+    plan, by_shape = gx.calibrate(grads, grads), gx.plan_by_shape(grads, kind="shared_blocks")
     for leaf in plan.leaves:
         assert leaf.kind == by_shape[leaf.path].kind
         assert leaf.reason.startswith("no structure: ")
@@ -167,7 +167,7 @@ def test_reasons():
 def test_without_evidence_blocks_follow_the_shape(missing):
     params = {"w": jnp.ones((64, 512)), "v": jnp.ones((64, 512))}
     plan = gx.calibrate(params, {"w": missing, "v": _planted((64, 512), (64, 1))})
-    assert plan["w"].kind == gx.plan_by_shape(params)["w"].kind
+    assert plan["w"].kind == gx.plan_by_shape(params, kind="shared_blocks")["w"].kind
 
 
 # Every shape gets a block of a sane size -------------------------------------------------------

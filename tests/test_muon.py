@@ -18,9 +18,11 @@ from optax.contrib import MuonDimensionNumbers as Dims
 import gefen_jax as gx
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._constants import MIN_BLOCK
+from gefen_jax._dither import leaf_phases
 from gefen_jax._encoder import make_encoder
 from gefen_jax._four_bits import pack, packed_shape, unpack
-from gefen_jax._momentum import Storage, advance, init, read, storage_for
+from gefen_jax._levels import make_levels, round_to_level
+from gefen_jax._momentum import Dithered, Storage, advance, init, read, storage_for
 
 _T = 50
 _ULP = 2.0**-23
@@ -64,26 +66,25 @@ def _exact_grads() -> dict[str, Any]:
 
 _CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "no nesterov, 3 steps": {"nesterov": False, "ns_steps": 3, "beta": 0.8},
-    "adaptive, dion": {"adaptive": True, "ns_coeffs": "dion", "eps": 1e-3},
-    "adaptive, no nesterov, decay": {
+    "adaptive, no nesterov, 3 steps, aol, decay": {
         "adaptive": True,
         "nesterov": False,
+        "ns_steps": 3,
+        "beta": 0.8,
+        "preconditioning": "aol",
         "weight_decay": 0.1,
         "adam_weight_decay": 0.2,
     },
-    "consistent rms, mask": {
+    "adaptive, dion": {"adaptive": True, "ns_coeffs": "dion", "eps": 1e-3},
+    "a row per step, spectral, consistent rms, mask": {
         "consistent_rms": 0.2,
         "weight_decay": 0.1,
         "weight_decay_mask": {"w": False, "b": True},
-    },
-    "a row per step, spectral": {
         "ns_coeffs": ((3.0, -4.0, 1.5), (2.5, -3.0, 1.2)),
         "preconditioning": "spectral",
         "adam_b1": 0.5,
         "adam_eps_root": 1e-6,
     },
-    "aol": {"preconditioning": "aol"},
     "schatten, transposed": {
         "preconditioning": "schatten",
         "muon_weight_dimension_numbers": {"w": Dims(1, 0), "b": None},
@@ -121,15 +122,17 @@ def test_32_bits_are_muon(name):
 # The quantised momentum --------------------------------------------------------------------------
 
 _CODEBOOKS = {8: builtin_codebook(), 4: builtin_codebook(16)}
-_ENCODERS = {bits: make_encoder(jnp.asarray(c)) for bits, c in _CODEBOOKS.items()}
+_ENCODER = make_encoder(jnp.asarray(_CODEBOOKS[8]))
+_LEVELS = make_levels(jnp.asarray(_CODEBOOKS[4]))
 _BETA = 0.9
 
 
 @functools.partial(jax.jit, static_argnames="storage")
-def _advance(g, kept, encoder, storage):
+def _advance(g, kept, t, storage):
     """m, what is kept of it, and what that reads as."""
-    m, kept = advance(g, kept, _BETA, 1 - _BETA, storage, encoder, exact_lookup=True)
-    return m, kept, read(kept, g.shape, storage, encoder)
+    coder = _ENCODER if storage.bits == 8 else Dithered(_LEVELS, leaf_phases(["w"], t)[0])
+    m, kept = advance(g, kept, _BETA, 1 - _BETA, storage, coder, exact_lookup=True)
+    return m, kept, read(kept, g.shape, storage, coder)
 
 
 _STORED = {
@@ -141,24 +144,26 @@ _STORED = {
 }
 
 
-# The largest rounding error of a number in [-1, 1].
-_HALF_GAPS = {bits: float(np.diff(np.asarray(c)).max() / 2) for bits, c in _CODEBOOKS.items()}
+# The largest rounding error of a number in [-1, 1]: half a gap to the nearest of two entries, a gap
+# to either of them.
+_GAPS = {bits: float(np.diff(np.asarray(c)).max()) for bits, c in _CODEBOOKS.items()}
+_ROUNDING = {8: _GAPS[8] / 2, 4: _GAPS[4]}
 
 
 @pytest.mark.parametrize("name", _STORED)
 def test_error_of_the_momentum(name):
-    """What is remembered is within half a gap; what is computed, within the sum of those before.
+    """What is remembered is within a rounding; what is computed, within the sum of those before.
 
-    With r_t = s_t * gap / 2, the error of m obeys e_t <= beta (e_{t-1} + r_{t-1}). Both in units
-    of the block's scale, with 8 ulps for the arithmetic of a step.
+    With r_t = s_t * `_ROUNDING`, the error of m obeys e_t <= beta (e_{t-1} + r_{t-1}). Both in
+    units of the block's scale, with 8 ulps for the arithmetic of a step.
     """
     shape, storage = _STORED[name]
-    encoder, half_gap = _ENCODERS[storage.bits], _HALF_GAPS[storage.bits]
+    rounding = _ROUNDING[storage.bits]
     kept, exact = init(shape, storage), np.zeros(shape, np.float32)
     bound = np.zeros(shape, np.float32)
     for t in range(20):
         g = _normal(t, *shape)
-        m, kept, rounded = _advance(g, kept, encoder, storage)
+        m, kept, rounded = _advance(g, kept, jnp.asarray(t), storage)
         exact = (1 - _BETA) * np.asarray(g) + _BETA * exact
         assert np.all(
             np.abs(np.asarray(m) - exact) <= bound + 8 * _ULP * (t + 1) * np.abs(exact).max()
@@ -168,12 +173,38 @@ def test_error_of_the_momentum(name):
             scale = np.repeat(scale, run, axis)
         scale = scale[tuple(slice(d) for d in shape)]
         rounded = np.asarray(rounded)
-        assert np.all(np.abs(rounded - np.asarray(m)) <= (half_gap + 8 * _ULP) * scale)
+        assert np.all(np.abs(rounded - np.asarray(m)) <= (rounding + 8 * _ULP) * scale)
         # The largest of a block is remembered as it is.
         assert np.any(np.abs(rounded) == scale)
-        bound = _BETA * (bound + half_gap * scale)
+        bound = _BETA * (bound + rounding * scale)
     # The bound is no empty promise: it is below the momentum's own size for 8 bits.
     assert storage.bits == 4 or bound.max() < np.abs(exact).max()
+
+
+def test_four_bits_follow_what_nearest_levels_would_not():
+    """Gradients too small to move a momentum by half a gap in a step still fill it, on average.
+
+    Under a constant gradient g, 1 in the first place of a group and less than half a gap / (1 -
+    beta) elsewhere, the nearest level of all but the first is 0 for ever. The momentum's projection
+    on g, which is 1 - beta^T of g in float32, has errors that are independent between elements,
+    and each at most beta / (1 - beta) roundings, whose standard deviation is at most half a gap.
+    """
+    rows, steps, storage = 64, 60, Storage(4, (1, 64))
+    gap = float(np.diff(np.asarray(_CODEBOOKS[4]))[6:8].min())  # on either side of 0
+    g = np.random.default_rng(0).uniform(-1, 1, (rows, 64)) * (0.9 * gap / 2 / (1 - _BETA))
+    g[:, 0] = 1
+    kept, small = init(g.shape, storage), g[:, 1:]
+    for t in range(steps):
+        _, kept, rounded = _advance(jnp.asarray(g, jnp.float32), kept, jnp.asarray(t), storage)
+    share = (np.asarray(rounded)[:, 1:] * small).sum() / (small**2).sum()
+    deviation = _BETA / (1 - _BETA) * _GAPS[4] / 2 / (small**2).sum() ** 0.5
+    assert abs(share - (1 - _BETA**steps)) <= 4 * deviation < 0.5
+
+
+def test_zero_rounds_to_itself_whatever_the_fraction():
+    fractions = jnp.asarray([0, 2**31, 2**32 - 2**10, 2**32 - 1], jnp.uint32)
+    codes = round_to_level(_LEVELS, jnp.zeros(4), fractions)
+    assert [_CODEBOOKS[4][code] for code in codes.tolist()] == [0] * 4
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((6,), 0), ((7, 3), 0), ((2, 5), 1), ((2, 4, 3), 1)])
@@ -224,10 +255,10 @@ _BYTES = {8: (1, 1 + 4 / MIN_BLOCK + _REST), 4: (0.5625, 0.5625 + _REST), 32: (4
 def test_bytes_per_parameter(bits):
     shapes = {"wte": (50257, 768), "qkv": (768, 2304), "up": (768, 3072), "down": (3072, 768)}
     params = {k: jax.ShapeDtypeStruct(s, jnp.bfloat16) for k, s in shapes.items()}
-    state = jax.eval_shape(gx.scale_by_gefen_muon(bits=bits).init, params)
-    nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    report = gx.memory_report(jax.eval_shape(gx.gefen_muon(1e-3, bits=bits).init, params))
     low, high = _BYTES[bits]
-    assert low < nbytes / sum(np.prod(s) for s in shapes.values()) <= high
+    assert low < report.total_bytes / sum(np.prod(s) for s in shapes.values()) <= high
+    assert all(low <= report.by_tensor[k] / np.prod(s) <= high for k, s in shapes.items())
 
 
 # Where it is used --------------------------------------------------------------------------------
@@ -263,9 +294,13 @@ def bits(request) -> int:
 
 
 @pytest.mark.parametrize(("bits", "with_plan"), [(8, False), (8, True), (4, False)])
-def test_state_has_its_final_shapes_from_init_on(bits, with_plan, strict_promotion):
+def test_state_has_its_final_shapes_from_init_on(bits, with_plan):
     tx = _optimizer(bits, with_plan)
-    expected = jax.eval_shape(tx.init, _params())
+    # Only traced: strictness is part of the key of what is compiled, which other tests share.
+    with jax.numpy_dtype_promotion("strict"):
+        expected = jax.eval_shape(tx.init, _params())
+        _, traced = jax.eval_shape(tx.update, _SEQUENCE[0], expected, _params())
+    chex.assert_trees_all_equal_shapes_and_dtypes(traced, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(_params()), expected)
     _, state = _run(tx, _params(), _SEQUENCE)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, expected)
@@ -307,7 +342,7 @@ def test_scan_with_donation_equals_loop(bits):
     codes, expected_codes = (_muon_state(x).mu["kernel"] for x in (state, expected_state))
     flipped = int((codes != expected_codes).sum())
     assert flipped <= 1
-    atol = _HALF_GAPS[bits] * 1e-2 if flipped else 3 * _ULPS * _ULP * 1e-2
+    atol = _GAPS[bits] * 1e-2 if flipped else 3 * _ULPS * _ULP * 1e-2
     chex.assert_trees_all_close(params, expected, rtol=0, atol=atol)
 
 
@@ -342,12 +377,15 @@ def test_none_gradients_leave_a_leaf_alone(bits):
 
 
 def test_rows_without_gradient_stay_where_they_are(bits):
-    """Their code is that of 0, and the iteration keeps rows of zeros: not one bit moves."""
+    """Their code is that of 0, and the iteration keeps rows of zeros: not one bit moves.
+
+    Nor in columns, whose elements share a scale with others.
+    """
     tx, params = _optimizer(bits), _params()
-    dead = {k: g.at[3:7].set(0) if g.ndim == 2 else g for k, g in _SEQUENCE[0].items()}
-    end, _ = _run(tx, params, [dead] * 3)
-    chex.assert_trees_all_equal(end["kernel"][3:7], params["kernel"][3:7])
-    assert bool(jnp.all(end["kernel"][:3] != params["kernel"][:3]))
+    kernel = _SEQUENCE[0]["kernel"].at[3:7].set(0).at[:, 8:12].set(0)
+    end, _ = _run(tx, params, [_SEQUENCE[0] | {"kernel": kernel}] * 3)
+    moved = end["kernel"] != params["kernel"]
+    chex.assert_trees_all_equal(moved, kernel != 0)
 
 
 def test_stacked_kernels_are_kernels():
@@ -434,14 +472,17 @@ def test_leaves_that_are_no_floats_have_no_state():
 def test_on_a_mesh(bits, axis_type):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))
     tx, g = gx.scale_by_gefen_muon(bits=bits), {"w": _normal(0, 64, 128)}
-    expected, _ = tx.update(g, tx.init(g))
+    expected, expected_state = tx.update(g, tx.init(g))
     with jax.set_mesh(mesh):
         g = jax.device_put(g, NamedSharding(mesh, P("x", "y")))
-        updates, _ = jax.jit(lambda g: tx.update(g, tx.init(g)))(g)
+        updates, state = jax.jit(lambda g: tx.update(g, tx.init(g)))(g)
     assert updates["w"].sharding.spec == P("x", "y")
     chex.assert_trees_all_close(
         jax.device_get(updates), jax.device_get(expected), rtol=0, atol=_ULPS * _ULP
     )
+    # Rounding goes by the position in the whole leaf, not in a shard. An ulp may move a code.
+    codes, expected_codes = (np.asarray(x.mu["w"]) for x in (state, expected_state))
+    assert (codes != expected_codes).sum() <= 1
 
 
 def test_nan_stays():
@@ -564,7 +605,8 @@ def test_trains_as_muon_does(record_property):
     """8 bits: the mean over seeds within the spread of Muon's own seeds.
 
     4 bits: what the rounding costs is measured, with margin; no law says how much it is. Here,
-    where little but noise is left of the gradients, it is half of the loss.
+    where little but noise is left of the gradients, it is a tenth of the loss (of single seeds 7 to
+    14 %), where rounding to the nearest level cost 29 %.
     """
     muon = _final_losses(optax.contrib.muon)
     losses = {b: _final_losses(functools.partial(gx.gefen_muon, bits=b)) for b in (8, 4)}
@@ -572,4 +614,4 @@ def test_trains_as_muon_does(record_property):
         record_property(f"{bits} bits: loss / Muon's", np.round(loss / muon, 3).tolist())
     spread = muon.std(ddof=1)
     assert abs(losses[8].mean() - muon.mean()) <= spread
-    assert losses[4].mean() <= 1.75 * muon.mean()
+    assert losses[4].mean() <= 1.2 * muon.mean()

@@ -107,7 +107,7 @@ def test_repr_is_short():
     }
     plan = gx.plan_by_shape(layers)
     assert len(repr(plan)) < 200 and repr(plan) == str(plan)
-    for words in ("99 leaves", "1,660,944,384 parameters", "1.0078 bytes per parameter"):
+    for words in ("99 leaves", "1,660,944,384 parameters", "1.0195 bytes per parameter"):
         assert words in repr(plan)
     assert len(repr(gx.Plan((), plan.codebook, "built in", "shape"))) < 200
 
@@ -126,10 +126,10 @@ def test_table(plan):
     ]
     rows = {row.path: row for row in table}
     kernel = rows["layers/0/kernel"]
-    assert kernel.shape == (64, 128) and kernel.kind == "shared_blocks"
+    assert kernel.shape == (64, 128) and kernel.kind == "dual_code"
     assert kernel.block == "x".join(map(str, plan["layers/0/kernel"].kind.block))
     blocks = 64 * 128 // block_size(plan["layers/0/kernel"].kind.block)
-    assert kernel.nbytes == 64 * 128 + 8 * blocks
+    assert kernel.nbytes == 64 * 128 + 5 * blocks
     assert rows["steps"] == ("steps", (3,), "untrained", "-", 0, "not a float: no state")
     assert rows["scalar"].nbytes == 8 and rows["empty"].nbytes == 0
     assert all(row.reason for row in table)

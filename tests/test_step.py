@@ -31,10 +31,11 @@ from hypothesis import strategies as st
 import gefen_jax as gx
 from gefen_jax import _backend
 from gefen_jax._builtin import builtin_codebook
-from gefen_jax._encoder import make_encoder
+from gefen_jax._encoder import Encoder, make_encoder
+from gefen_jax._levels import make_levels
 from gefen_jax._step import advance
 from gefen_jax._transform import _update_leaf
-from gefen_jax._types import Decay, Moments
+from gefen_jax._types import Decay, Moments, Step
 
 _U = 2.0**-24
 _CODEBOOK = np.asarray(builtin_codebook(), np.float32)
@@ -69,10 +70,15 @@ def _geometries(draw) -> _Geometry:
 _DECAY = Decay(_B1, _B2, 1 - _B1, 1 - _B2, 1e-8, 0.0, *(jnp.float32(x) for x in (0.5, 0.6, 0.4)))
 
 
+def _step(encoder: Encoder) -> Step:
+    levels = make_levels(jnp.asarray(builtin_codebook(16)))
+    return Step(_DECAY, encoder, levels, jnp.zeros(2, jnp.uint32), False, True, None)
+
+
 @functools.partial(jax.jit, static_argnames=("block", "chunk"))
 def _advance(g, state, block, chunk):
-    encoder = make_encoder(jnp.asarray(_CODEBOOK))
-    return advance(g, state, block, encoder, _DECAY, exact_lookup=True, chunk=chunk)
+    step = _step(make_encoder(jnp.asarray(_CODEBOOK)))
+    return advance(g, state, block, step, chunk=chunk)
 
 
 @settings(max_examples=12, deadline=None)

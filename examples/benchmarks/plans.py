@@ -1,8 +1,8 @@
 """Bytes of state per parameter on the shapes of real models, and the time that a plan takes.
 
-Three plans per model: by shape alone; calibrated on seeded structured gradients (a log-normal scale
-per input and per output unit, times normal noise); and the worst that any gradient can bring about,
-the most expensive candidate block everywhere.
+Four plans per model: dual codes, which go by shape; shared blocks by shape; those calibrated on
+seeded structured gradients (a log-normal scale per input and per output unit, times normal noise);
+and the worst that any gradient can bring about, the most expensive candidate block everywhere.
 
     python examples/benchmarks/plans.py
 """
@@ -75,7 +75,7 @@ def calibrated(tree: dict[str, Any], count: int | None) -> tuple[gx.Plan, float,
 
 def worst(tree: dict[str, Any]) -> gx.Plan:
     """Every leaf in the most expensive block that calibration may choose for it."""
-    plan = gx.plan_by_shape(tree)
+    plan = gx.plan_by_shape(tree, kind="shared_blocks")
     leaves = []
     for leaf in plan.leaves:
         if isinstance(leaf.kind, gx.SharedBlocks):
@@ -90,7 +90,8 @@ def worst(tree: dict[str, Any]) -> gx.Plan:
 
 def main() -> None:
     """Makes all plans, prints a table, writes `plans.json`."""
-    table = Table("model", "parameters", "by shape", "calibrated", "worst", "s, first", "s, again")
+    headings = ("dual code", "shared, by shape", "calibrated", "worst", "s, first", "s, again")
+    table = Table("model", "parameters", *headings)
     results = {}
     for name, (make, count) in MODELS.items():
         tree = make()
@@ -98,9 +99,10 @@ def main() -> None:
         plan, first, again = calibrated(tree, count)
         results[name] = {
             "parameters": size,
-            "bytes per parameter by shape": gx.plan_by_shape(tree).bytes_per_param,
-            "bytes per parameter calibrated": plan.bytes_per_param,
-            "bytes per parameter at worst": worst(tree).bytes_per_param,
+            "dual code": gx.plan_by_shape(tree).bytes_per_param,
+            "shared blocks by shape": gx.plan_by_shape(tree, kind="shared_blocks").bytes_per_param,
+            "shared blocks calibrated": plan.bytes_per_param,
+            "shared blocks at worst": worst(tree).bytes_per_param,
             "parameters with a gradient": sum(
                 x.size for x in jax.tree.leaves(first_layers(tree, count))
             ),
@@ -111,7 +113,7 @@ def main() -> None:
         table.add_row(
             name,
             f"{size:,}",
-            *(f"{x:.4f}" for x in numbers[1:4]),
+            *(f"{x:.4f}" for x in numbers[1:5]),
             f"{first:.1f}",
             f"{again:.1f}",
         )

@@ -11,6 +11,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from _common import RESULTS
+from quality_report import cells, read
+from quality_statistics import by_setup, compare
 
 README = Path(__file__).parent.parent.parent / "README.md"
 
@@ -26,35 +28,35 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def plans() -> str:
     """Bytes per parameter on real shapes."""
+    kinds = (
+        "dual code",
+        *(f"shared blocks {how}" for how in ("by shape", "calibrated", "at worst")),
+    )
     rows = [
         [
             name,
             f"{r['parameters'] / 1e6:,.1f}M",
-            f"{r['bytes per parameter by shape']:.3f}",
-            f"{r['bytes per parameter calibrated']:.3f}",
-            f"{r['bytes per parameter at worst']:.3f}",
+            *(f"{r[kind]:.3f}" for kind in kinds),
         ]
         for name, r in _load("plans.json")["results"].items()
     ]
-    return _markdown(["model", "parameters", "by shape", "calibrated", "worst case"], rows)
+    return _markdown(["model", "parameters", *kinds], rows)
 
 
 def cpu_step() -> str:
     """Time, compile time and temporaries beside adamw."""
     data = _load("cpu_step.json")
+    names = ("optax.adamw", "gefen", "gefen, shared blocks")
     rows = []
     for tree, numbers in data["results"].items():
         if "temporaries" in tree:
-            cells = [f"{numbers[name]:.3f} leaves" for name in ("optax.adamw", "gefen")]
-            rows.append([tree, *cells, ""])
+            rows.append([tree, *(f"{numbers[name]:.3f} leaves" for name in names), ""])
             continue
         for what, row in numbers.items():
-            cells = [f"{1e3 * row[name]:.0f} ms" for name in ("optax.adamw", "gefen")]
+            cells = [f"{1e3 * row[n]:.0f} ms ({row['ratio'][n]:.2f})" for n in names]
             noise = max(row["spread"].values())
-            rows.append(
-                [f"{tree}: {what[:-2]} time", *cells, f"{row['ratio']:.2f} (± {noise:.0%})"]
-            )
-    head = _markdown(["", "optax.adamw", "gefen", "ratio (quartiles of a time)"], rows)
+            rows.append([f"{tree}: {what[:-2]} time", *cells, f"± {noise:.0%}"])
+    head = _markdown(["", *(f"{name} (ratio)" for name in names), "quartiles"], rows)
     env = data["environment"]
     return f"{head}\n\n{env['cpu']}, {env['cpu_cores']} cores, jax {env['jax']}."
 
@@ -73,18 +75,41 @@ def char_lm() -> str:
         ]
         for name, o in optimizers.items()
     ]
-    gaps = [g - a for a, g in zip(losses["adamw"], losses["gefen"], strict=True)]
     head = ["", "validation loss (each seed)", "state, bytes per parameter", "peak of a step"]
+    gaps = {
+        name: [x - a for a, x in zip(losses["adamw"], of, strict=True)]
+        for name, of in losses.items()
+        if name != "adamw"
+    }
+    paired = "; ".join(f"{n} {mean(d):+.3f} (sd {stdev(d):.3f})" for n, d in gaps.items())
     return (
-        f"{_markdown(head, rows)}\n\nPaired difference gefen - adamw: {mean(gaps):+.3f} nats,"
-        f" standard deviation {stdev(gaps):.3f} over {len(gaps)} seeds. A byte-level GPT of"
+        f"{_markdown(head, rows)}\n\nPaired differences to adamw in nats, over"
+        f" {len(losses['adamw'])} seeds: {paired}. A byte-level GPT of"
         f" {data['parameters'] / 1e6:.2f}M parameters, {data['config']['steps']} steps, on the"
         f" standard library of Python {data['python']} (sha256"
-        f" {data['corpus']['sha256'][:12]}), AdamW's best learning rate for both."
+        f" {data['corpus']['sha256'][:12]}), AdamW's best learning rate for all."
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"char_lm": char_lm, "plans": plans, "cpu_step": cpu_step}
+def quality() -> str:
+    """Losses of the quality bench at AdamW's best learning rate, paired differences, bytes."""
+    rows = []
+    for setup, runs in by_setup(read(RESULTS / "quality.jsonl")).items():
+        for of in compare(runs):
+            _, loss, difference, own, own_loss, _, seeds, size = cells(of)
+            rows.append(
+                [setup[0], of.variant, loss, difference, f"{own_loss} at {own}", seeds, size]
+            )
+    head = ["task", "", "loss", "less AdamW's", "best of the rates tried", "seeds", "bytes"]
+    return _markdown(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "char_lm": char_lm,
+    "quality": quality,
+    "plans": plans,
+    "cpu_step": cpu_step,
+}
 
 
 def with_tables(text: str) -> str:

@@ -1,0 +1,458 @@
+"""The dual code: its levels, its roundings, its fractions, its step, and what training sees of it.
+
+``u = 2**-24`` is the relative rounding error of float32.
+
+A fraction decides between two levels. Where it lies within rounding of the point at which it would
+decide otherwise, two programs (of which XLA may contract products and sums in either) may take
+different ones. How near is derived per element, at `_check_step`; with fractions that are as good
+as uniform, at most the sum of twice those distances of all codes are expected to differ, about one
+in 100,000. Comparisons of two programs start from one state, so that such a code has no sequel.
+"""
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gefen_jax as gx
+from gefen_jax import _backend
+from gefen_jax._builtin import builtin_codebook
+from gefen_jax._dither import dither, leaf_phases, positions
+from gefen_jax._dual_step import _nu_level, _round_nu
+from gefen_jax._levels import level, make_levels, on_grid, round_to_level
+from gefen_jax._transform import _update_leaf
+from gefen_jax._types import Moments
+
+U = 2.0**-24
+FLOAT_MIN = 2.0**-126  # below, XLA on a CPU takes floats for 0
+BUILTIN = np.asarray(builtin_codebook(16), np.float32)
+_EXTREMES = np.asarray([0, 1, 2**31, 2**32 - 2**12, 2**32 - 1], np.uint32)
+
+
+def _even_fractions(n: int) -> np.ndarray:
+    """n fractions in the middle of n equal cells."""
+    return ((np.arange(n) + 0.5) * (2.0**32 / n)).astype(np.uint32)
+
+
+# The levels of nu --------------------------------------------------------------------------------
+
+
+def _levels_of(exponent: int) -> np.ndarray:
+    """From the module's docstring, in float64: powers of two, 1.5 of them in the upper octaves."""
+    powers = [2.0 ** (exponent - 127 - j) for j in range(12)]
+    halfway = [1.5 * power for power in powers[1:5]]
+    levels = np.sort([*powers, *halfway])
+    # Below the normal floats: one half-way to 0, and 0.
+    levels[levels <= FLOAT_MIN / 2] = 0
+    levels[(levels > 0) & (levels < FLOAT_MIN)] = FLOAT_MIN / 2
+    if exponent == 255:
+        levels[-1] = np.inf
+    return levels
+
+
+@jax.jit
+def _stored(nu, fraction):
+    """Exponent, code and level of every nu of one group, for every fraction."""
+    nu = jnp.broadcast_to(nu, (fraction.size, nu.size))
+    exponent, high = _round_nu(nu, jnp.broadcast_to(fraction[:, None], nu.shape), (1,))
+    return exponent[0, 0], high, _nu_level(exponent, high)
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, 11, 12, 13, 100, 254, 255])
+def test_sixteen_levels_of_nu(exponent):
+    """As documented for every exponent, increasing where none falls below the floats."""
+    codes = jnp.arange(16, dtype=jnp.uint8)
+    found = np.asarray(_nu_level(jnp.uint8(exponent), codes), np.float64)
+    np.testing.assert_array_equal(found, _levels_of(exponent))
+    positive = found[found > 0]
+    assert np.all(np.diff(positive) > 0)
+    assert positive.size == 16 or exponent < 12
+
+
+_ANY_NU = st.floats(0, width=32, allow_nan=False, allow_infinity=True)
+_NEAR = st.tuples(st.floats(0.5, 1, width=32), st.integers(-14, 0)).map(lambda x: math.ldexp(*x))
+_GRID = 1 << 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(_ANY_NU, min_size=3, max_size=3),
+    st.lists(_NEAR, min_size=4, max_size=4),
+    st.sampled_from([2.0**k for k in (-149, -127, -126, -120, -60, 0, 1, 100, 127)]),
+)
+def test_nu_takes_a_level_around_it_and_is_right_on_average(anything, near, factor):
+    """Two groups: one anywhere in float32, one within the levels of its largest.
+
+    Over n even fractions the share that rounds up is off by at most one of them, so the average is
+    off by at most a gap / n. That the upper level is inf excludes an average.
+    """
+    with np.errstate(over="ignore"):
+        groups = [anything + [0.0] * 2, [factor * x for x in near] + [0.0]]
+        groups = [np.asarray(group, np.float32) for group in groups]
+    fractions = np.concatenate([_EXTREMES, _even_fractions(_GRID)])
+    for nu in groups:
+        exponent, high, levels = (np.asarray(x, np.float64) for x in _stored(nu, fractions))
+        largest = nu.max()
+        if largest < FLOAT_MIN:
+            assert levels.max() <= FLOAT_MIN  # below the floats, as if there were no gradient
+            continue
+        # The smallest power of two that covers the largest.
+        mantissa, power = np.frexp(np.float64(largest))
+        assert exponent == (127 + power - (mantissa == 0.5) if np.isfinite(largest) else 255)
+        expected = _levels_of(int(exponent))
+        assert np.all((high >= 0) & (high <= 15)) and np.all(expected[-1] >= nu)
+        lower = np.array([expected[expected <= x].max(initial=expected[0]) for x in nu])
+        upper = np.array([expected[expected >= x].min() for x in nu])
+        assert np.all((levels == lower) | (levels == upper))
+        between = np.isfinite(upper) & (nu >= expected[0])
+        average = levels[len(_EXTREMES) :].mean(axis=0)
+        gap = upper[between] - lower[between]
+        assert np.all(np.abs(average[between] - nu[between]) <= gap / _GRID)
+
+
+# The levels of the first moment ------------------------------------------------------------------
+
+_CODEBOOKS = {
+    "built in": BUILTIN,
+    "even, without 0": on_grid(np.linspace(-1, 1, 16)),
+    "as near as bins allow": on_grid(np.concatenate([[-1], np.arange(-7, 7) / 1024, [1]])),
+}
+_round = jax.jit(round_to_level)
+
+
+def _place_error(codebook: np.ndarray) -> float:
+    """How far rounding may move a place.
+
+    Two products of up to the slope, and a sum of up to 16 plus the slope: each rounded, from a
+    slope that is rounded twice; and the fraction has 20 bits.
+    """
+    return 6 * U * (1 / np.diff(codebook.astype(np.float64)).min() + 16) + 2.0**-20
+
+
+@pytest.mark.parametrize("name", _CODEBOOKS)
+def test_rounding_to_levels(name):
+    """Entries stay, others take one of two levels, monotonically, right on average, inside."""
+    codebook = _CODEBOOKS[name]
+    levels, error = make_levels(jnp.asarray(codebook)), _place_error(codebook)
+    edges = np.arange(-1024, 1025) / 1024  # every entry is one; between them, anything
+    x = np.sort(np.concatenate([edges, edges[:-1] + 0.37 / 1024])).astype(np.float32)
+    fractions = np.concatenate([_EXTREMES, _even_fractions(_GRID)])
+    codes = np.asarray(_round(levels, *np.broadcast_arrays(x, fractions[:, None])), int)
+    assert codes.min() == 0 and codes.max() == 15
+    # Edges are further apart than rounding reaches.
+    assert np.all(np.diff(codes[:, ::2], axis=1) >= 0)
+    assert np.all(np.diff(codes[-_GRID:], axis=0) >= 0)
+
+    place = np.interp(x.astype(np.float64), codebook.astype(np.float64), np.arange(16))
+    u = fractions[:, None] / 2.0**32
+    assert np.all(codes >= np.floor(place + u - error))
+    assert np.all(codes <= np.floor(place + u + error))
+    assert np.all(np.abs(codes[-_GRID:].mean(axis=0) - place) <= 1 / _GRID + error)
+    np.testing.assert_array_equal(level(levels, jnp.arange(16, dtype=jnp.uint8)), codebook)
+
+
+def test_zero_stays_whatever_the_fraction_is():
+    """Not but for rounding, as other entries: elements without gradient must not move, ever.
+
+    The fractions next to 1 are those that a sum with a place could round up.
+    """
+    nearly_one = np.uint32(2**32 - 1) - np.arange(1 << 14, dtype=np.uint32)
+    fractions = np.concatenate([_EXTREMES, nearly_one, _even_fractions(1 << 14)])
+    codes = _round(
+        make_levels(jnp.asarray(BUILTIN)), np.zeros(fractions.size, np.float32), fractions
+    )
+    assert np.all(BUILTIN[np.asarray(codes)] == 0)
+
+
+def test_on_grid_moves_to_the_nearest_bin_edge():
+    anywhere = np.sort(np.random.default_rng(0).uniform(-1, 1, 100))
+    moved = on_grid(anywhere)
+    assert moved.dtype == np.float32 and np.all(moved * 1024 % 1 == 0)
+    assert np.abs(moved - anywhere).max() <= 2.0**-11
+    np.testing.assert_array_equal(on_grid(moved), moved)
+    np.testing.assert_array_equal(on_grid(BUILTIN), BUILTIN)
+
+
+# The fractions -----------------------------------------------------------------------------------
+
+
+_MANY = 1 << 14
+
+
+@jax.jit
+def _words(phase, position):
+    return dither(phase, position)
+
+
+def _uniform(path: str, count: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Nu's and mu's fractions of up to _MANY positions."""
+    padded = np.resize(position.astype(np.uint32), _MANY)
+    words = _words(leaf_phases([path], jnp.int32(count))[0], padded)
+    nu, mu = (np.asarray(x)[: position.size].reshape(position.shape) / 2.0**32 for x in words)
+    return nu, mu
+
+
+def test_fractions_never_change():
+    """A state goes on with the fractions that it began with, in every version of the package."""
+    phases = leaf_phases(["w", "a/b"], jnp.int32(7))
+    nu, mu = dither(phases[0], jnp.asarray([0, 1, 255, 2**31], jnp.uint32))
+    assert nu.tolist() == [2432154210, 925443929, 549960882, 3078797922]
+    assert mu.tolist() == [3125465519, 2920172373, 3738045295, 1170074080]
+    assert phases.tolist() == [[476252946, 1401181199], [133447708, 1401181199]]
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4, 5), (1, 7, 1)])
+def test_positions_are_row_major(shape):
+    expected = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    np.testing.assert_array_equal(positions(shape), expected)
+
+
+def _chi_square(x: np.ndarray, y: np.ndarray) -> float:
+    """Of 16 x 16 cells against a uniform square, in standard deviations from what is expected."""
+    counts, _, _ = np.histogram2d(x, y, 16, ((0, 1), (0, 1)))
+    expected = x.size / 256
+    return (((counts - expected) ** 2 / expected).sum() - 255) / math.sqrt(2 * 255)
+
+
+_STRIDES = [1, 2, 256, 1000, 2048, 50257, 2**16]
+# The hash of nu's fraction is two multiplications with one shift between them: shorter than mu's.
+_LATTICE = "far apart by a power of two, nu's fractions follow each other on a lattice"
+
+
+@pytest.mark.parametrize("count", [1, 2**31 - 1])
+@pytest.mark.parametrize("stride", _STRIDES)
+def test_fractions_of_positions_are_uniform(stride, count):
+    """Nu's and mu's, and those of two leaves: in the square, so alone and together.
+
+    A chi-square of 255 degrees at most 5 standard deviations above what is expected of random
+    numbers (more even ones are welcome); correlations within 5 / sqrt(n).
+    """
+    position = np.arange(_MANY) * stride
+    nu, mu = _uniform("layer/w", count, position)
+    others = _uniform("layer/v", count, position)
+    for x, y in [(nu, mu), *zip((nu, mu), others, strict=True)]:
+        assert _chi_square(x, y) < 5
+        assert abs(np.corrcoef(x, y)[0, 1]) < 5 / math.sqrt(x.size)
+
+
+@pytest.mark.parametrize(
+    "word, stride",
+    [
+        pytest.param(0, 2**16, marks=pytest.mark.xfail(strict=True, reason=_LATTICE)),
+        *itertools.product([0], [1, 2, 256, 1000, 2048, 50257]),
+        *itertools.product([1], _STRIDES),
+    ],
+)
+def test_fractions_of_neighbours_are_independent(word, stride):
+    """Along a row, and down the columns of a leaf with rows of ``stride``; bounds as above."""
+    u = _uniform("layer/w", 1, np.arange(_MANY) * stride)[word]
+    assert _chi_square(u[:-1], u[1:]) < 5
+
+
+@pytest.mark.parametrize("start", [1, 10**6, 2**31 - 4000])
+def test_fractions_over_steps_visit_every_interval(start):
+    """N consecutive ones leave no gap above (1 + 2 / sqrt(5)) / N: golden rotation's constant.
+
+    So every interval of length w is visited within 1.9 / w steps. Nor is any visited too often:
+    with partial quotients of 1, n times the discrepancy is at most 3 + 3.6 log n (Kuipers and
+    Niederreiter, Uniform Distribution of Sequences, 1974, theorem 2.3.4), and 1 is for the ranks'
+    own. 2^-32 is the resolution.
+    """
+    steps = jnp.asarray(start + np.arange(4000), jnp.int32)
+    over_steps = jax.jit(jax.vmap(lambda t: dither(leaf_phases(["w"], t)[0], positions((3,)))))
+    for fractions in over_steps(steps):
+        for u, n in itertools.product(np.asarray(fractions).T / 2.0**32, (2, 10, 100, 999, 4000)):
+            visited = np.sort(u[:n])
+            gaps = np.diff(visited, append=visited[0] + 1)
+            assert gaps.max() <= (1 + 2 / math.sqrt(5)) / n + 2.0**-32
+            ranks = (np.arange(n) + 0.5) / n
+            assert np.ptp(visited - ranks) <= (4 + 3.6 * math.log(n)) / n
+
+
+# The step ----------------------------------------------------------------------------------------
+
+# Runs along every axis, boxes, an inner axis that pieces cut with an overlap; a shorter last run,
+# so blocks of one element too.
+LEAVES = {
+    "rows": ((5, 256), (1, 256)),
+    "columns": ((256, 5), (256, 1)),
+    "heads": ((3, 4, 64), (1, 4, 64)),
+    "inner": ((6, 67), (3, 1)),
+    "ragged": ((33, 6), (16, 1)),
+}
+
+
+class _Setting(NamedTuple):
+    """How the optimizer is made, and from which leaf size on it works in pieces."""
+
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    eps_root: float = 0.0
+    nesterov: bool = False
+    chunk: int = 1 << 18
+
+    def make(self, plan: gx.Plan) -> optax.GradientTransformationExtraArgs:
+        return gx.scale_by_gefen(
+            **{k: v for k, v in self._asdict().items() if k != "chunk"}, plan=plan
+        )
+
+
+_SETTINGS = {
+    "default": _Setting(),
+    "nesterov, eps_root": _Setting(0.75, 0.875, 1e-3, 1e-4, True),
+    "b1 = 0, in pieces": _Setting(b1=0.0, b2=0.95, chunk=100),
+}
+_STEPS = 20
+
+
+def plan_of(leaves: dict[str, Any]) -> gx.Plan:
+    entries = (gx.LeafPlan(k, s, gx.DualCode(b), "test") for k, (s, b) in leaves.items())
+    return gx.Plan(tuple(entries), builtin_codebook(), "test", "shape")
+
+
+def zeros_of(leaves: dict[str, Any]) -> dict[str, Any]:
+    return {k: jnp.zeros(shape) for k, (shape, _) in leaves.items()}
+
+
+def gradients(leaves: dict[str, Any], t: int, decades: float = 2.0) -> dict[str, np.ndarray]:
+    """Elements of very different size, always the same ones; some 0, in some rows all of them."""
+    grads = {}
+    for i, (name, (shape, _)) in enumerate(leaves.items()):
+        fixed, rng = np.random.default_rng(i), np.random.default_rng([i, t])
+        size = 10 ** fixed.uniform(-decades, 0, shape)
+        rows = fixed.random((shape[0],) + (1,) * (len(shape) - 1)) < 0.9
+        g = (rng.normal(size=shape) + 0.5) * size * rows * (rng.random(shape) < 0.9)
+        grads[name] = g.astype(np.float32)
+    return grads
+
+
+def moments_of(state: Any, name: str) -> Moments:
+    return Moments(*(np.asarray(getattr(state, slot)[name]) for slot in Moments._fields))
+
+
+def blocks_of(shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
+    """Every block as (its number in the statistics, its slices)."""
+    counts = (range(-(-d // b)) for d, b in zip(shape, block, strict=True))
+    for i in itertools.product(*counts):
+        yield i, tuple(slice(n * b, (n + 1) * b) for n, b in zip(i, block, strict=True))
+
+
+def _leaf_positions(shape: tuple[int, ...], block: tuple[int, ...]) -> np.ndarray:
+    """Row-major; a leaf whose last run is shorter is two, and each counts from 0."""
+    whole = tuple(d - d % b for d, b in zip(shape, block, strict=True))
+    position = np.zeros(shape, np.uint32)
+    axis = next((i for i, (d, w) in enumerate(zip(shape, whole, strict=True)) if d != w), 0)
+    for part in (slice(0, whole[axis]), slice(whole[axis], None)):
+        at = (slice(None),) * axis + (part,)
+        position[at] = np.arange(position[at].size).reshape(position[at].shape)
+    return position
+
+
+class _Near(NamedTuple):
+    """Codes of one block that differ from the reference's, and how many may."""
+
+    differ: int
+    expected: float
+
+
+def _check_codes(codes: np.ndarray, place: Any, u: Any, error: Any) -> _Near:
+    """floor(place + u), where the sum is not within the error of another integer."""
+    low, exact, high = (np.clip(np.floor(place + u + e), 0, 15) for e in (-error, 0, error))
+    assert np.all((low <= codes) & (codes <= high))
+    certain = error < 0.25  # else what a group kept of a difference is rounding itself
+    return _Near(int((codes != exact)[certain].sum()), float(2 * error[certain].sum()))
+
+
+def _check_step(g, old: Moments, new: Moments, block, u, s: _Setting) -> list[_Near]:
+    """One step of one leaf, block by block, in float64, from the docstring of the module.
+
+    Rounding: nu is the sum of two products with rounded factors, five roundings of at most itself;
+    as a place, divided by the gap above the level below it, and the fraction has 22 bits. m is
+    three products and two sums, ten roundings of the larger of its parts; x another four of itself;
+    its place by the slope, and what rounding to a level adds.
+    """
+    near, c = [], BUILTIN.astype(np.float64)
+    slopes = 1 / np.diff(c)
+    for i, at in blocks_of(g.shape, block):
+        x = g[at].astype(np.float64)
+        nu = _levels_of(int(old.nu[i]))[old.mu[at] >> 4]
+        m = c[old.mu[at] & 15] * old.scale[i] * np.sqrt(nu)
+        parts = np.maximum(np.abs(m), np.abs(x))
+        m = m + (1 - s.b1) * (x - m)
+        nu = s.b2 * nu + (1 - s.b2) * x**2
+
+        mantissa, power = np.frexp(nu.max())
+        assert new.nu[i] == (127 + power - (mantissa == 0.5) if nu.max() else 0)
+        high, levels = new.mu[at] >> 4, _levels_of(int(new.nu[i]))
+        if nu.max():
+            clipped = np.maximum(nu, levels[0])
+            place = np.interp(clipped, levels, np.arange(16))
+            gap = np.diff(levels, append=np.inf)[np.floor(place).astype(int)]
+            error = np.where(nu > levels[0], 5 * U * clipped / gap + 2.0**-22, 0)
+            near.append(_check_codes(high, place, u[0][at], error))
+
+        root = np.sqrt(levels[high])
+        divisor = np.where(root == 0, np.inf, root)
+        scale = np.abs(m / divisor).max()
+        error = (10 * U * parts / divisor).max() + 4 * U * scale
+        assert np.abs(new.scale[i] - scale) <= error
+
+        if not new.scale[i]:
+            continue  # any code is 0
+        divisor *= new.scale[i]
+        place = np.interp(m / divisor, c, np.arange(16))
+        slope = slopes[np.minimum(np.floor(place).astype(int), 14)]
+        error = slope * 14 * U * parts / divisor + _place_error(BUILTIN)
+        error = np.where(parts == 0, 0, error)
+        near.append(_check_codes(new.mu[at] & 15, place, u[1][at], error))
+    return near
+
+
+def _check_update(update, g, new: Moments, block, t: int, s: _Setting) -> None:
+    """The direction from the new state.
+
+    24 roundings of the products, quotients and the root; a correction 1 - b^t has the error of the
+    power, 4 roundings, divided by itself at t = 1, of which the root takes half.
+    """
+    bound = U * (24 + 4 / (1 - s.b1) + 2 / (1 - s.b2))
+    for i, at in blocks_of(g.shape, block):
+        nu = _levels_of(int(new.nu[i]))[new.mu[at] >> 4]
+        m = BUILTIN.astype(np.float64)[new.mu[at] & 15] * new.scale[i] * np.sqrt(nu)
+        terms = [m / (1 - s.b1**t)]
+        if s.nesterov:
+            terms = [s.b1 * m / (1 - s.b1 ** (t + 1)), (1 - s.b1) * g[at] / (1 - s.b1**t)]
+        root = np.sqrt(nu / (1 - s.b2**t) + s.eps_root) + s.eps
+        error = bound * np.abs(terms).max(axis=0) / root
+        assert np.all(np.abs(update[at] - sum(terms) / root) <= error)
+
+
+@pytest.mark.parametrize("name", _SETTINGS)
+def test_step_is_what_the_docstring_says(name, monkeypatch):
+    """20 steps, each restated from our own last state: all but a counted handful of codes."""
+    setting = _SETTINGS[name]
+    monkeypatch.setattr(_backend, "CHUNK", setting.chunk)
+    _update_leaf.clear_cache()  # it knows the leaves from the last setting, with its pieces
+    optimizer = setting.make(plan_of(LEAVES))
+    step, state = jax.jit(optimizer.update), optimizer.init(zeros_of(LEAVES))
+    near = []
+    for t in range(1, _STEPS + 1):
+        grads = gradients(LEAVES, t)
+        updates, new = step(grads, state)
+        for leaf, (shape, block) in LEAVES.items():
+            old_moments, new_moments = (moments_of(s, leaf) for s in (state, new))
+            u = _uniform(leaf, t, _leaf_positions(shape, block))
+            g = grads[leaf]
+            near += _check_step(g, old_moments, new_moments, block, u, setting)
+            _check_update(np.asarray(updates[leaf]), g, new_moments, block, t, setting)
+        state = new
+    differ, expected = (sum(column) for column in zip(*near, strict=True))
+    codes = 2 * _STEPS * sum(math.prod(shape) for shape, _ in LEAVES.values())
+    assert differ <= expected + 5 * math.sqrt(expected) and expected < 1e-4 * codes

@@ -24,7 +24,7 @@ def gefen(
     plan: Plan | None = None,
     backend: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW with about one byte of state per parameter: Gefen.
+    r"""AdamW with about one byte of state per parameter.
 
     .. math::
       \theta_t = \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})
@@ -42,7 +42,8 @@ def gefen(
       weight_decay: Strength of the decoupled weight decay, >= 0, or a schedule.
       mask: Which leaves the weight decay applies to: a tree of bools or a function of the params.
       nesterov: Whether to use Nesterov momentum.
-      plan: From `calibrate`, or None for blocks by shape and a built-in codebook.
+      plan: From `calibrate` or `plan_by_shape`; None for dual codes by shape: AdamW's loss, and no
+        calibration.
       backend: None for the implementation that is best on the device at hand, or "xla".
 
     Returns:
@@ -57,7 +58,7 @@ def gefen(
       >>> def loss(params):
       ...   return jnp.mean((params["w"] - jnp.arange(64.0)[:, None] / 64) ** 2)
       >>> params = {"w": jnp.zeros((64, 128))}
-      >>> tx = gx.gefen(0.05, plan=gx.calibrate(params, jax.grad(loss)(params)))
+      >>> tx = gx.gefen(0.05)
       >>> opt_state = tx.init(params)
       >>> for _ in range(100):
       ...   updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)

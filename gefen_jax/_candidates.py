@@ -9,6 +9,7 @@ from gefen_jax._constants import (
     DUAL_MIN,
     MAX_BLOCK,
     MIN_BLOCK,
+    OUTPUT_LAYER,
     SMALL_LEAF,
     TARGET_BLOCK,
     VECTOR_SHARE,
@@ -110,18 +111,30 @@ def dual_block(shape: Shape) -> Shape:
 
     A shorter last axis is taken whole, with a run of the axis before it, and so on, but never with
     the first axis: the rows of an embedding have seen very different numbers of gradients, and in
-    one block the rare ones would fall below the range of the frequent ones. Only where that leaves
-    too few elements, or no run divides, the block is the one that `block_by_shape` finds.
+    one block the rare ones would fall below the range of the frequent ones. For the same reason a
+    matrix with far more columns than rows, an output layer, has runs of its first axis. Only where
+    that leaves too few elements, or no run divides, the block is the one that `block_by_shape`
+    finds.
     """
-    axis, whole = len(shape) - 1, 1
+    last = len(shape) - 1
+    axis, whole = last, 1
     while axis > 1 and whole * shape[axis] < DUAL_BLOCK:
         whole *= shape[axis]
         axis -= 1
-    runs = [d for d in _divisors(shape[axis]) if DUAL_MIN <= d * whole <= DUAL_MAX]
-    if not runs:
-        return block_by_shape(shape, DUAL_BLOCK)
-    run = min(runs, key=lambda d: abs(math.log2(d * whole / DUAL_BLOCK)))
-    return make_block(shape, Cut(axis, len(shape) - 1, run))
+    cuts = [(axis, last, whole)]
+    if last == 1 and shape[1] > OUTPUT_LAYER * shape[0]:
+        cuts.insert(0, (0, 0, 1))
+    for axis, end, whole in cuts:
+        run = _dual_run(shape[axis], whole)
+        if run is not None:
+            return make_block(shape, Cut(axis, end, run))
+    return block_by_shape(shape, DUAL_BLOCK)
+
+
+def _dual_run(size: int, whole: int) -> int | None:
+    """The divisor of an axis whose runs, of ``whole`` elements each, come nearest to DUAL_BLOCK."""
+    runs = [d for d in _divisors(size) if DUAL_MIN <= d * whole <= DUAL_MAX]
+    return min(runs, key=lambda d: abs(math.log2(d * whole / DUAL_BLOCK)), default=None)
 
 
 def dual_code(shape: Shape) -> tuple[Kind, str]:

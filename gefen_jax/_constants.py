@@ -30,3 +30,6 @@ MAX_BLOCK = 4096
 DUAL_BLOCK = 256
 DUAL_MIN = 64
 DUAL_MAX = 1024
+
+# A matrix with more than so many columns per row counts as an output layer: one column per token.
+OUTPUT_LAYER = 8

@@ -9,10 +9,11 @@ Over positions it is as good as random; over steps it visits every interval of l
 independent random numbers, but its errors cancel within a few steps instead of adding up to a
 random walk: at equal levels that took back most of what rounding costs.
 
-Leaf, step and row-major position decide the fraction alone. So a run resumes bit for bit, and a
-mesh, or a loop over pieces, sees what one device sees. The hash is the core of the 32-bit finaliser
-"lowbias32" (Chris Wellons, `Hash Prospector <https://github.com/skeeto/hash-prospector>`_, 2018);
-only high bits of its result are used. Additive recurrences: Weyl 1916.
+Leaf, step and row-major position decide the fraction alone (in a leaf whose last run is shorter,
+that run counts from 0 again). So training resumes bit for bit, and a mesh, or a loop over pieces,
+sees what one device sees. The hash is the 32-bit finaliser "lowbias32" (Chris Wellons, `Hash
+Prospector <https://github.com/skeeto/hash-prospector>`_, 2018) but for its last shift: only high
+bits of its result are used. Additive recurrences: Weyl 1916.
 """
 
 import math
@@ -42,7 +43,8 @@ def dither(
 
     Positions of a leaf beyond 2^32 elements wrap around.
     """
-    word = (position ^ phase[0]) * _MIX1
+    word = position ^ phase[0]
+    word = (word ^ (word >> 16)) * _MIX1
     word = (word ^ (word >> 15)) * _MIX2
     return word + phase[1], (word ^ (word >> 16)) * _MIX3 + phase[1]
 

@@ -35,7 +35,7 @@ class DualCode:
       >>> plan["w"].kind
       DualCode(block=(1, 256))
       >>> round(plan.bytes_per_param, 3)
-      1.023
+      1.024
     """
 
     block: Shape

@@ -84,9 +84,9 @@ class Plan:
       >>> import gefen_jax as gx
       >>> plan = gx.plan_by_shape({"kernel": jnp.zeros((768, 3072)), "bias": jnp.zeros(3072)})
       >>> plan
-      Plan(rule='shape', 2 leaves, 2,362,368 parameters, 1.0173 bytes per parameter)
+      Plan(rule='shape', 2 leaves, 2,362,368 parameters, 1.0291 bytes per parameter)
       >>> plan["kernel"].kind, plan["kernel"].reason
-      (SharedBlocks(block=(1, 1024)), 'by shape: 1024 along the last axis')
+      (DualCode(block=(1, 256)), 'by shape: 256 along the last axis')
     """
 
     leaves: tuple[LeafPlan, ...]

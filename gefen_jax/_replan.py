@@ -158,11 +158,9 @@ def _replan(
     return ScaleByGefenState(state.count, codebook, codebook4, **by_slot(treedef, new_moments))
 
 
-def _tables(codebook: Any, codebook4: Any) -> dict[str, Any]:
-    return {
-        "encoder": make_encoder(jnp.asarray(codebook)),
-        "levels": make_levels(jnp.asarray(codebook4)),
-    }
+@jax.jit
+def _tables(codebook, codebook4):
+    return {"encoder": make_encoder(codebook), "levels": make_levels(codebook4)}
 
 
 def _check_known(spec: LeafSpec, known: dict[str, LeafSpec]) -> None:

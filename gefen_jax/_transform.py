@@ -28,8 +28,10 @@ from gefen_jax._types import Decay, Kind, Moments, Step
 class ScaleByGefenState(NamedTuple):
     """State of `scale_by_gefen`: mu, scale and nu are trees like the parameters.
 
-    A leaf in blocks keeps codes in mu and one number per block in scale and nu; its first moment is
-    ``codebook[mu] * scale``. An exact leaf keeps float32 moments in mu and nu and None in scale.
+    A leaf's kind in the plan says what stands there. A dual code keeps both moments of an element
+    in a byte of mu, and per block a scale and, in nu, an exponent. Shared blocks keep codes in mu
+    (the first moment is ``codebook[mu] * scale``) and per block a scale and a second moment. An
+    exact leaf keeps float32 moments in mu and nu and None in scale.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride] # (): int32
@@ -37,7 +39,7 @@ class ScaleByGefenState(NamedTuple):
     codebook4: Float[Array, "levels"]  # shape (16,), float32: what codes of 4 bits stand for
     mu: Any  # follows the params: uint8 codes or float32, of the parameter's shape
     scale: Any  # follows the params: float32, shape // block, or None
-    nu: Any  # follows the params: float32, shape // block or the parameter's shape
+    nu: Any  # follows the params: uint8 or float32, shape // block, or float32 of its shape
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, open_end: bool) -> None:
@@ -133,8 +135,18 @@ def scale_by_gefen(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates as Adam does, from about one byte of state per parameter.
 
-    Per block of a leaf (the plan says which), with :math:`c` the codebook, :math:`s` the block's
-    scale and :math:`k` the codes of its elements,
+    Adam's moments, stored in one of two ways; the plan says which for every leaf. Without a plan,
+    both moments of an element share one byte (`DualCode`):
+
+    .. math::
+      v_t = b_2 v_{t-1} + (1 - b_2) g_t^2, \quad m_t = b_1 m_{t-1} + (1 - b_1) g_t, \quad
+      u_t = \frac{\hat m_t / (1 - b_1^t)}{\sqrt{\hat v_t / (1 - b_2^t) + \bar\varepsilon} +
+      \varepsilon}
+
+    where the hats, and the moments that the next step starts from, are the values that four bits
+    each can stand for beside their block's scale and exponent, rounded so that they are right on
+    average. In a plan from `calibrate` blocks share a second moment (`SharedBlocks`): per block,
+    with :math:`c` the codebook, :math:`s` its scale and :math:`k` the codes of its elements,
 
     .. math::
       v_t &= b_2 v_{t-1} + (1 - b_2)\, \mathrm{mean}_{block}(g_t^2) \\
@@ -143,7 +155,7 @@ def scale_by_gefen(
       u_t &= \frac{c[k_t] s_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t) + \bar\varepsilon} +
       \varepsilon}
 
-    Small leaves keep exact float32 moments and Adam's own update. Statistics are float32 whatever
+    Small leaves keep exact float32 moments and Adam's own update. Arithmetic is float32 whatever
     the gradient's dtype; updates leave in the gradient's dtype.
 
     Args:
@@ -152,7 +164,7 @@ def scale_by_gefen(
       eps: Added to the denominator outside the square root.
       eps_root: Added inside the square root.
       nesterov: Whether to use Nesterov momentum, as in `optax.scale_by_adam`.
-      plan: From `calibrate`, or None for blocks by shape and a built-in codebook.
+      plan: From `calibrate` or `plan_by_shape`; None for dual codes by shape.
       backend: None for the implementation that is best on the device at hand, or "xla".
 
     Returns:

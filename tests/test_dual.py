@@ -203,8 +203,8 @@ def test_fractions_never_change():
     """A state goes on with the fractions that it began with, in every version of the package."""
     phases = leaf_phases(["w", "a/b"], jnp.int32(7))
     nu, mu = dither(phases[0], jnp.asarray([0, 1, 255, 2**31], jnp.uint32))
-    assert nu.tolist() == [2432154210, 925443929, 549960882, 3078797922]
-    assert mu.tolist() == [3125465519, 2920172373, 3738045295, 1170074080]
+    assert nu.tolist() == [1104492163, 1472909229, 246197422, 3548208640]
+    assert mu.tolist() == [1951738755, 2755511239, 4198212594, 2053188535]
     assert phases.tolist() == [[476252946, 1401181199], [133447708, 1401181199]]
 
 
@@ -222,8 +222,6 @@ def _chi_square(x: np.ndarray, y: np.ndarray) -> float:
 
 
 _STRIDES = [1, 2, 256, 1000, 2048, 50257, 2**16]
-# The hash of nu's fraction is two multiplications with one shift between them: shorter than mu's.
-_LATTICE = "far apart by a power of two, nu's fractions follow each other on a lattice"
 
 
 @pytest.mark.parametrize("count", [1, 2**31 - 1])
@@ -242,14 +240,8 @@ def test_fractions_of_positions_are_uniform(stride, count):
         assert abs(np.corrcoef(x, y)[0, 1]) < 5 / math.sqrt(x.size)
 
 
-@pytest.mark.parametrize(
-    "word, stride",
-    [
-        pytest.param(0, 2**16, marks=pytest.mark.xfail(strict=True, reason=_LATTICE)),
-        *itertools.product([0], [1, 2, 256, 1000, 2048, 50257]),
-        *itertools.product([1], _STRIDES),
-    ],
-)
+@pytest.mark.parametrize("word", [0, 1])
+@pytest.mark.parametrize("stride", _STRIDES)
 def test_fractions_of_neighbours_are_independent(word, stride):
     """Along a row, and down the columns of a leaf with rows of ``stride``; bounds as above."""
     u = _uniform("layer/w", 1, np.arange(_MANY) * stride)[word]
@@ -439,7 +431,8 @@ def test_step_is_what_the_docstring_says(name, monkeypatch):
     """20 steps, each restated from our own last state: all but a counted handful of codes."""
     setting = _SETTINGS[name]
     monkeypatch.setattr(_backend, "CHUNK", setting.chunk)
-    _update_leaf.clear_cache()  # it knows the leaves from the last setting, with its pieces
+    # It knows the leaves from the last setting, with its pieces.
+    _update_leaf.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
     optimizer = setting.make(plan_of(LEAVES))
     step, state = jax.jit(optimizer.update), optimizer.init(zeros_of(LEAVES))
     near = []

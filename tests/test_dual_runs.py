@@ -41,7 +41,7 @@ from gefen_jax._types import Moments, Step
 
 def _assert_same_but_for_a_group(ours: Moments, theirs: Moments, block: tuple[int, ...]) -> None:
     """One step of two programs: equal bits, scales to an ulp or two; one group may have a flip."""
-    ours, theirs = (Moments(*map(np.asarray, moments)) for moments in (ours, theirs))
+    ours, theirs = (Moments(*(np.asarray(x) for x in moments)) for moments in (ours, theirs))
     differ = 0
     for i, at in blocks_of(ours.mu.shape, block):
         same = np.array_equal(ours.mu[at], theirs.mu[at]) and ours.nu[i] == theirs.nu[i]
@@ -53,7 +53,7 @@ def _assert_same_but_for_a_group(ours: Moments, theirs: Moments, block: tuple[in
 def _advance(g, state, count, block, chunk):
     step = Step(
         decay=_decay(0.9, 0.999, 1e-8, 0.0, count),
-        encoder=None,  # of codes of 8 bits  # pyright: ignore[reportArgumentType]
+        encoder=None,  # pyright: ignore[reportArgumentType] (that of codes of 8 bits)
         levels=make_levels(jnp.asarray(BUILTIN)),
         phase=leaf_phases(["w"], count)[0],
         nesterov=False,
@@ -76,11 +76,12 @@ _PIECES = {
 def test_pieces_give_the_same_state(name):
     shape, block, chunk = _PIECES[name]
     leaf = {name: (shape, block)}
-    states = [gx.DualCode(block).init(shape)] * 2
+    state = gx.DualCode(block).init(shape)
     for t in range(1, 6):
         g = jnp.asarray(gradients(leaf, t)[name])
-        states = [_advance(g, states[0], jnp.int32(t), block, c) for c in (None, chunk)]
-        _assert_same_but_for_a_group(*states, block)
+        whole, pieces = (_advance(g, state, jnp.int32(t), block, c) for c in (None, chunk))
+        _assert_same_but_for_a_group(pieces, whole, block)
+        state = whole
 
 
 # Leaves that get blocks of (1, 256) by their shape, and how they lie: on shards of whole rows, of
@@ -326,9 +327,10 @@ def test_noisy_quadratic(name):
     curvature = jnp.asarray(10 ** rng.uniform(-1, 1, (8, 256)), jnp.float32)
     start = jnp.asarray(rng.choice([-1.0, 1.0], (8, 256)), jnp.float32)
     plan = plan_of({"w": (start.shape, (1, 256))})
+    arguments: dict[str, Any] = {"weight_decay": 0.0} | training.kwargs
     optimizers = (
-        optax.adamw(0.01, **{"weight_decay": 0.0} | training.kwargs),
-        gx.gefen(0.01, plan=plan, **{"weight_decay": 0.0} | training.kwargs),
+        optax.adamw(0.01, **arguments),
+        gx.gefen(0.01, plan=plan, **arguments),
     )
 
     def losses(tx):

@@ -97,12 +97,16 @@ def _trained(name: str, codebook: str = "built in"):
 
 @functools.cache
 def _jitted_read(kind):
-    return jax.jit(lambda m, encoder, levels: kind.read(m, Codebooks(encoder, levels, True)))
+    def read(moments, codebook, codebook4):
+        codebooks = Codebooks(make_encoder(codebook), make_levels(codebook4), True)
+        return kind.read(moments, codebooks)
+
+    return jax.jit(read)
 
 
 def _read(state, kind, leaf="w"):
     moments = Moments(state.mu[leaf], state.scale[leaf], state.nu[leaf])
-    mu, nu = _jitted_read(kind)(moments, make_encoder(state.codebook), make_levels(state.codebook4))
+    mu, nu = _jitted_read(kind)(moments, state.codebook, state.codebook4)
     return np.asarray(mu), np.asarray(nu)
 
 
@@ -294,8 +298,7 @@ def test_on_a_mesh(new, axis_type):
         spec = P("x", "y") if x.ndim == 2 else P()
         return jax.device_put(x, NamedSharding(mesh, spec))
 
-    with jax.set_mesh(mesh):
-        spread = gx.replan(jax.tree.map(place, state), _params(), *plans)
+    spread = gx.replan(jax.tree.map(place, state), _params(), *plans)
     assert spread.mu["w"].sharding.spec == P("x", "y")
     chex.assert_trees_all_equal(
         jax.tree.map(np.asarray, spread), gx.replan(state, _params(), *plans)

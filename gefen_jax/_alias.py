@@ -42,7 +42,7 @@ def gefen(
       weight_decay: Strength of the decoupled weight decay, >= 0, or a schedule.
       mask: Which leaves the weight decay applies to: a tree of bools or a function of the params.
       nesterov: Whether to use Nesterov momentum.
-      plan: From `calibrate` or `plan_by_shape`; None for dual codes by shape: AdamW's loss, and no
+      plan: From `calibrate` or `plan_by_shape`; None for dual codes by shape, which need no
         calibration.
       backend: None for the implementation that is best on the device at hand, or "xla".
 

@@ -3,12 +3,13 @@
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
 from gefen_jax._chunks import CHUNK
 from gefen_jax._step import by_equal_runs
-from gefen_jax._types import Moments, Step
+from gefen_jax._types import Kind, Moments, Step
 
 BACKENDS = ("xla",)
 
@@ -60,6 +61,27 @@ _TRACED = ("decay", "encoder", "levels", "phase")  # the fields of a Step that h
 
 def _named(arrays: Any) -> dict[str, Any]:
     return dict(zip(_TRACED, arrays, strict=True))
+
+
+def update_leaf(kind: Kind, g: Array, moments: Moments, arrays: dict[str, Any], static: Any) -> Any:
+    """``kind.update``, on any mesh.
+
+    On a mesh with Explicit axes, where JAX refuses to split a sharded axis into blocks that cross
+    its shards, the compiler chooses the shardings inside. What has the leaf's shape comes out as
+    the gradient lies, statistics as they came in.
+    """
+
+    def update(g: Array, moments: Moments, arrays: dict[str, Any]) -> Any:
+        return kind.update(g, moments, Step(**arrays, **static))
+
+    mesh = jax.typeof(g).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return update(g, moments, arrays)
+    like = jax.tree.map(
+        lambda x: jax.typeof(g if x.shape == g.shape else x).sharding.spec, (g, moments)
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(update, out_sharding=like)(g, moments, arrays)
 
 
 @jax.custom_jvp

@@ -15,7 +15,7 @@ from gefen_jax._types import Codebooks, Moments, Step
 
 @dataclasses.dataclass(frozen=True)
 class DualCode:
-    """Keeps both moments of every element in one byte: 1 + 5 / |block| bytes, AdamW's loss.
+    """Keeps both moments of every element in one byte: 1 + 5 / |block| bytes.
 
     State of a leaf of shape s: ``mu`` uint8[s], the code of the first moment in the low half of a
     byte and that of the second in the high half; per block a ``scale`` float32[s / block] and in

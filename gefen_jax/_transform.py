@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from gefen_jax._backend import check_backend
+from gefen_jax._backend import check_backend, update_leaf
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._candidates import kinds_by_shape
 from gefen_jax._constants import LEVELS
@@ -22,7 +22,7 @@ from gefen_jax._encoder import lookup_is_exact, make_encoder
 from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
 from gefen_jax._plan import Plan
-from gefen_jax._types import Decay, Kind, Moments, Step
+from gefen_jax._types import Decay, Kind, Moments
 
 
 class ScaleByGefenState(NamedTuple):
@@ -64,7 +64,7 @@ def _decay(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
 @functools.partial(jax.jit, static_argnames=("kind", "nesterov", "exact_lookup", "backend"))
 def _update_leaf(g, moments, arrays, *, kind, **static):
     """One leaf. Jitted so that leaves of equal shape are traced and lowered once."""
-    return kind.update(g, moments, Step(**arrays, **static))
+    return update_leaf(kind, g, moments, arrays, static)
 
 
 def _describe_state(state: Any) -> str:

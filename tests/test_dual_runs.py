@@ -91,16 +91,7 @@ _SPREADS = {
     "blocks": ((8, 1024), P("x", "y")),
     "parts of blocks": ((16, 512), P(None, ("x", "y"))),
 }
-_CROSSED = "JAX refuses to split an Explicit axis into runs that cross its shards"
-_ON_A_MESH = [
-    *itertools.product([AxisType.Auto], _SPREADS),
-    *itertools.product([AxisType.Explicit], ["rows", "blocks"]),
-    pytest.param(
-        AxisType.Explicit,
-        "parts of blocks",
-        marks=pytest.mark.xfail(strict=True, reason=_CROSSED),
-    ),
-]
+_ON_A_MESH = list(itertools.product([AxisType.Auto, AxisType.Explicit], _SPREADS))
 
 
 @pytest.mark.parametrize("axis_type, name", _ON_A_MESH)

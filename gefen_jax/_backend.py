@@ -81,7 +81,8 @@ def update_leaf(kind: Kind, g: Array, moments: Moments, arrays: dict[str, Any], 
         lambda x: jax.typeof(g if x.shape == g.shape else x).sharding.spec, (g, moments)
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(update, out_sharding=like)(g, moments, arrays)
+        inside: Any = jax.sharding.auto_axes(update, out_sharding=like)
+        return inside(g, moments, arrays)
 
 
 @jax.custom_jvp

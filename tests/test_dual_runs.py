@@ -179,7 +179,9 @@ def test_zero_gradients_for_ever():
     """From the first step on nothing moves; after others, steps fade as Adam's do, to 0.
 
     Adam's fade by b1 / sqrt(b2), from at most _LARGEST; a level within an octave of nu, either way,
-    and the octave that chance may be late, are a factor of 2 in the root.
+    and the octave that chance may be late, are a factor of 2 in the root. At last m is subnormal:
+    some CPUs then flush it to 0, on others 0.9 m rounds back to m, for good. Divided by the root of
+    nu, here above 2^-20, that is an update below 2^20 FLOAT_MIN = 1e-32.
     """
     zeros = zeros_of(_SOME)
     _, untouched = _run([zeros] * 3)
@@ -194,8 +196,7 @@ def test_zero_gradients_for_ever():
     _, largest = jax.jit(lambda s: jax.lax.scan(step, s, None, length=1000))(state)
     t = np.arange(1, 1001)[:, None]
     bound = 2 * _LARGEST * (0.9 / math.sqrt(0.999)) ** t
-    assert np.all(np.isfinite(largest)) and np.all(largest <= np.maximum(bound, FLOAT_MIN))
-    assert not np.any(largest[-1])
+    assert np.all(np.isfinite(largest)) and np.all(largest <= np.maximum(bound, 2**20 * FLOAT_MIN))
 
 
 _LOUD = {"nan": np.nan, "-nan": -np.nan, "inf": np.inf, "-inf": -np.inf, "g^2 overflows": 1e25}

@@ -70,10 +70,10 @@ def test_a_run_is_the_plain_loop(unoptimised):
         updates, opt_state = tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
     # Adam divides by the size of a gradient, so where that is near zero rounding is magnified, but
-    # never beyond the steps taken: 1e-2 of their sum for all, 1e-4 for 99 %.
+    # never beyond the steps taken: a tenth of their sum for all, 1e-4 for 99 %.
     distances = jax.tree.map(lambda a, b: abs(a - b).ravel(), run(lr).params, params)
     distances = np.concatenate(jax.tree.leaves(distances)) / (lr * steps)
-    assert distances.max() < 1e-2 and np.quantile(distances, 0.99) < 1e-4
+    assert distances.max() < 0.1 and np.quantile(distances, 0.99) < 1e-4
 
 
 def test_lora_starts_from_the_pretrained_model(bench):

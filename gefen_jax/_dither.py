@@ -7,7 +7,7 @@ The fraction of an element at step t is
 Over positions it is as good as random; over steps it visits every interval of length w about every
 1 / w steps. So rounding up when u_t is below the fraction above the lower level is unbiased, like
 independent random numbers, but its errors cancel within a few steps instead of adding up to a
-random walk: at equal levels that took back most of what rounding costs.
+random walk (what that gave: `examples/benchmarks/research.md`).
 
 Leaf, step and row-major position decide the fraction alone (in a leaf whose last run is shorter,
 that run counts from 0 again). So training resumes bit for bit, and a mesh, or a loop over pieces,

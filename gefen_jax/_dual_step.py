@@ -208,8 +208,7 @@ def direction_dual(
     else:
         m_hat = m / decay.correction1
     root = jnp.sqrt(nu / decay.correction2 + decay.eps_root) + decay.eps
-    # A square that overflowed would freeze its element for ever (x / inf = 0, as in AdamW): inf * 0
-    # makes its update NaN instead, which nobody overlooks.
-    root = root + root * 0
+    # A square that overflowed does not freeze its element for ever, as in AdamW: its m has the code
+    # of 0, and 0 * sqrt(inf) is NaN, which nobody overlooks.
     # An element that never saw a gradient stays where it is, with eps = 0 too.
     return (m_hat / jnp.where(root == 0, jnp.inf, root)).astype(g.dtype)

@@ -15,6 +15,7 @@ from gefen_jax._constants import (
     VECTOR_SHARE,
 )
 from gefen_jax._dual_code import DualCode
+from gefen_jax._dual_step import paired_axis
 from gefen_jax._exact import Exact
 from gefen_jax._paths import LeafSpec
 from gefen_jax._shared_blocks import SharedBlocks
@@ -65,7 +66,7 @@ def distance_to_target(block: Shape, target: int = TARGET_BLOCK) -> float:
     return abs(math.log2(block_size(block) / target))
 
 
-def block_by_shape(shape: Shape, target: int = TARGET_BLOCK) -> Shape:
+def block_by_shape(shape: Shape) -> Shape:
     """The block of a leaf about which nothing is known.
 
     Runs of one axis before boxes over several (rows may differ in size), the last axis first (it
@@ -74,7 +75,7 @@ def block_by_shape(shape: Shape, target: int = TARGET_BLOCK) -> Shape:
 
     def preference(block: Shape) -> tuple[bool, int, float]:
         axis, end, _ = read_cut(shape, block)
-        return axis < end, -end, distance_to_target(block, target)
+        return axis < end, -end, distance_to_target(block)
 
     return min(candidate_blocks(shape), key=preference)
 
@@ -106,40 +107,41 @@ def decided_by_size(specs: list[LeafSpec]) -> dict[str, tuple[Kind, str]]:
     return decided
 
 
-def dual_block(shape: Shape) -> Shape:
+def dual_block(shape: Shape) -> Shape | None:
     """The block of a dual code: a run of the last axis, of about DUAL_BLOCK elements.
 
-    A shorter last axis is taken whole, with a run of the axis before it, and so on, but never with
-    the first axis: the rows of an embedding have seen very different numbers of gradients, and in
-    one block the rare ones would fall below the range of the frequent ones. For the same reason a
-    matrix with far more columns than rows, an output layer, has runs of its first axis. Only where
-    that leaves too few elements, or no run divides, the block is the one that `block_by_shape`
-    finds.
+    Pairs of the last axis cost least: there are the features of a layer's output, and of one row
+    of an embedding. A shorter last axis is taken whole, with a run of the axis before it, and so
+    on, but of the first axis only if nothing else is left: the rows of an embedding have seen very
+    different numbers of gradients. For that reason a matrix with far more columns than rows, an
+    output layer, has runs of its first axis. None if no such block divides the leaf in pairs.
     """
     last = len(shape) - 1
-    axis, whole = last, 1
-    while axis > 1 and whole * shape[axis] < DUAL_BLOCK:
-        whole *= shape[axis]
+    axis = last
+    while axis > 1 and math.prod(shape[axis:]) < DUAL_BLOCK:
         axis -= 1
-    cuts = [(axis, last, whole)]
+    cuts = [(i, last) for i in range(axis, -1, -1)] + [(i, i) for i in range(last - 1, -1, -1)]
     if last == 1 and shape[1] > OUTPUT_LAYER * shape[0]:
-        cuts.insert(0, (0, 0, 1))
-    for axis, end, whole in cuts:
-        run = _dual_run(shape[axis], whole)
-        if run is not None:
-            return make_block(shape, Cut(axis, end, run))
-    return block_by_shape(shape, DUAL_BLOCK)
-
-
-def _dual_run(size: int, whole: int) -> int | None:
-    """The divisor of an axis whose runs, of ``whole`` elements each, come nearest to DUAL_BLOCK."""
-    runs = [d for d in _divisors(size) if DUAL_MIN <= d * whole <= DUAL_MAX]
-    return min(runs, key=lambda d: abs(math.log2(d * whole / DUAL_BLOCK)), default=None)
+        cuts.insert(0, (0, 0))
+    for axis, end in cuts:
+        whole = math.prod(shape[axis + 1 : end + 1])
+        blocks = [
+            block
+            for run in _divisors(shape[axis])
+            if DUAL_MIN <= run * whole <= DUAL_MAX
+            and paired_axis(block := make_block(shape, Cut(axis, end, run))) is not None
+        ]
+        if blocks:
+            return min(blocks, key=lambda block: distance_to_target(block, DUAL_BLOCK))
+    return None
 
 
 def dual_code(shape: Shape) -> tuple[Kind, str]:
-    """The dual code of a leaf, from its shape alone."""
+    """The dual code of a leaf, from its shape alone; shared blocks where it has no pairs."""
     block = dual_block(shape)
+    if block is None:
+        kind, reason = shared_blocks(shape)
+        return kind, f"no even runs for a dual code, {reason}"
     return DualCode(block), f"by shape: {describe_block(shape, block)}"
 
 

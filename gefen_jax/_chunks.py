@@ -41,12 +41,12 @@ class Piece(NamedTuple):
         size = (self.rows, x.shape[1], self.columns)[: x.ndim]
         return jax.lax.dynamic_slice(x, self._start(x), size)
 
-    def read_constant(self, x: Array) -> Array:
-        """`read` of an array that the loop does not change."""
+    def tied(self, x: Array) -> tuple["Piece", Array]:
+        """This piece and an array that the loop does not change, to read from."""
         # Tied to the turn of the loop: on a CPU, XLA widens slices of bfloat16 to float32, and
         # would otherwise widen the whole array once, in front of the loop.
         x, row = jax.lax.optimization_barrier((x, self.row))
-        return self._replace(row=row).read(x)
+        return self._replace(row=row), x
 
     def read_stats(self, x: Array) -> Array:
         """This piece of statistics, one entry per block, with a 1 for the period."""
@@ -65,11 +65,27 @@ class Piece(NamedTuple):
             value = jnp.where(self.is_new, value, self.read_stats(x))
         return jax.lax.dynamic_update_slice(x, jnp.squeeze(value, 1), self._stats_start(x))
 
-    def positions(self, view: FlatView) -> UInt32[Array, "..."]:
-        """The row-major position in the leaf of every element of this piece."""
+    def stretches(self, number: int) -> "Piece":
+        """This piece of the leaf seen with its blocks in so many stretches, a row each."""
+        return self._replace(row=self.row * np.uint32(number), rows=self.rows * number)
+
+    def read_halves(self, x: Array) -> tuple[Array, Array]:
+        """The first and the second half of every row."""
+        # Two slices: one, cut in two once more, does not get to the vector units.
+        half = x.shape[1] // 2
+        row, _, *column = self._start(x)
+        size = (self.rows, half, self.columns)[: x.ndim]
+        first, second = (
+            jax.lax.dynamic_slice(x, (row, jnp.uint32(start), *column), size) for start in (0, half)
+        )
+        return first, second
+
+    def positions(self, view: FlatView) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+        """The row-major positions in the leaf of what `read_halves` reads."""
         # Added up from one vector per axis: whole arrays of indices, the same at every turn, would
         # be stored in front of the loop.
-        starts, sizes = (self.row, 0, self.column), (self.rows, view.period, self.columns)
+        half = view.period // 2
+        starts, sizes = (self.row, 0, self.column), (self.rows, half, self.columns)
         strides = (view.period * view.inner, view.inner, 1)
         shape = sizes[: len(view.shape)]
         total = jnp.zeros((1,) * len(shape), jnp.uint32)
@@ -77,7 +93,7 @@ class Piece(NamedTuple):
             index = starts[axis] + jnp.arange(size, dtype=jnp.uint32)
             others = tuple(i for i in range(len(shape)) if i != axis)
             total += jnp.expand_dims(index * np.uint32(strides[axis] & 0xFFFFFFFF), others)
-        return total
+        return total, total + np.uint32(half * view.inner & 0xFFFFFFFF)
 
     def _start(self, x: Array) -> tuple[Any, ...]:
         # Unsigned: a signed index would be tested for being negative at every turn.

@@ -24,9 +24,8 @@ MIN_BLOCK = 256
 TARGET_BLOCK = 1024
 MAX_BLOCK = 4096
 
-# Elements of a dual code's block: they share a scale and the range of 16 levels of nu, for 5 / 256
-# = 0.020 bytes per parameter. Less where an axis is short, more where it
-# has no better divisor.
+# Elements of a dual code's block: they share a scale and the range of nu's levels, for 5 / 256 =
+# 0.020 bytes per parameter. Less where an axis is short, more where it has no better divisor.
 DUAL_BLOCK = 256
 DUAL_MIN = 64
 DUAL_MAX = 1024

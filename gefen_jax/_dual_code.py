@@ -1,4 +1,4 @@
-"""Two moments in one byte: four bits of mu and four bits of nu per element."""
+"""Two moments in one byte: per element, four bits of mu and half of a byte of nu."""
 
 import dataclasses
 from typing import ClassVar
@@ -7,24 +7,33 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gefen_jax._backend import in_best_form
-from gefen_jax._blocks import Shape, check_block, stats_shape
-from gefen_jax._dual_step import advance_dual, direction_dual, read_dual, write_dual
-from gefen_jax._step import by_equal_runs
+from gefen_jax._blocks import Shape, check_block, runs_divide, stats_shape
+from gefen_jax._dual_step import (
+    advance_dual,
+    direction_dual,
+    paired_axis,
+    read_dual,
+    write_dual,
+)
 from gefen_jax._types import Codebooks, Moments, Step
 
 
 @dataclasses.dataclass(frozen=True)
 class DualCode:
-    """Keeps both moments of every element in one byte: 1 + 5 / |block| bytes.
+    """Keeps both moments in one byte per element: 1 + 5 / |block| bytes with what a block needs.
 
-    State of a leaf of shape s: ``mu`` uint8[s], the code of the first moment in the low half of a
-    byte and that of the second in the high half; per block a ``scale`` float32[s / block] and in
-    ``nu`` an exponent uint8[s / block]. The second moment is one of 16 levels below 2^(nu - 127),
-    the first is an entry of ``codebook4`` times the scale times the second's root; both are rounded
-    so that they are right on average over steps.
+    State of a leaf of shape s: ``mu`` uint8[s], in its low half the code of the element's first
+    moment, in its high half four of the eight bits of the second moment that the two elements of a
+    pair share; per block a ``scale`` float32[s / block] and in ``nu`` an exponent uint8[s / block].
+    The second moment is one of 256 levels, of 16 octaves, below 2^(nu - 127), the first is an entry
+    of ``codebook4`` times the scale times the second's root; both are rounded so that they are
+    right on average over steps.
 
-    Unlike `SharedBlocks`, every element has a second moment of its own. So blocks need not
-    follow the gradient's structure, and no calibration is needed.
+    A pair is element i and element i + n / 2 of a run of n along the last axis of the block that
+    has an even number of elements.
+
+    Unlike in `SharedBlocks`, blocks need not follow the gradient's structure, and no calibration is
+    needed: what 256 elements share is a scale and a range, and two share a second moment.
 
     Args:
       block: The box that shares a scale and an exponent, e.g. ``(1, 256)``.
@@ -45,8 +54,15 @@ class DualCode:
         object.__setattr__(self, "block", tuple(int(b) for b in self.block))
 
     def check(self, shape: Shape) -> None:
-        """Raises ValueError unless the block is a box of the leaf."""
+        """Raises ValueError unless the block is a box of the leaf, divides it, and has pairs."""
         check_block(shape, self.block)
+        if not runs_divide(shape, self.block):
+            raise ValueError(f"`block` {self.block} of a dual code must divide the leaf, {shape}")
+        if paired_axis(self.block) is None:
+            raise ValueError(
+                f"`block` {self.block} of a dual code must have an even number of elements along"
+                " one axis at least, for pairs"
+            )
 
     def init(self, shape: Shape) -> Moments:
         """Zero moments: a scale of 0, and the exponent of 0."""
@@ -64,12 +80,8 @@ class DualCode:
         return read_dual(moments, self.block, codebooks.levels)
 
     def write(self, mu: Array, nu: Array, codebooks: Codebooks) -> Moments:
-        """The nearest level of nu, then of mu relative to its root the nearest entry."""
-
-        def write_part(mu: Array, nu: Array, block: Shape) -> Moments:
-            return write_dual(mu, nu, block, codebooks.levels)
-
-        return by_equal_runs(write_part, mu, nu, self.block)
+        """The nearest level of a pair's mean nu, then the nearest entry for mu by its root."""
+        return write_dual(mu, nu, self.block, codebooks.levels)
 
     @property
     def scale_block(self) -> Shape:

@@ -1,32 +1,36 @@
-r"""The step of a leaf with both moments in one byte, in plain jnp: the specification.
+r"""The step of a leaf with both moments in a byte per element, in plain jnp: the specification.
 
-The low half of an element's byte is a code k of its first moment, the high half a code h of its
-second. Per group of elements there are an exponent e and a scale s. With c a codebook of 16,
+Elements come in pairs: the i-th of the first half of a block's run, and the i-th of its second
+half. Two bytes per pair hold a code k of 4 bits of each first moment, in the low halves, and a code
+h of 8 bits of the second moment that the two share, its high bits in the first byte. Per block
+there are an exponent e and a scale s. With c a codebook of 16,
 
-    nu = level(e, h)                  (16 levels, from 2^e at h = 15 down to 2^(e - 11) at h = 0)
+    nu = level(e, h)                  (256 levels, from 2^e at h = 255 down to 2^(e - 16) at h = 0)
     m  = c[k] * s * sqrt(nu)
 
     m  <- m + (1 - b1) * (g - m)
-    nu <- b2 * nu + (1 - b2) * g^2             per element, as in Adam
-    e  <- the exponent of max_group nu, rounded up
+    nu <- b2 * nu + (1 - b2) * mean_pair(g^2)
+    e  <- the exponent of max_block nu, rounded up
     h  <- nu, rounded to one of the two levels around it, so that it is right on average
-    s  <- max_group |m / sqrt(level(e, h))|
+    s  <- max_block |m / sqrt(level(e, h))|
     k  <- m / sqrt(level(e, h)) / s, rounded to one of the two entries of c around it, too
 
 and then, with m and nu as the new codes have them,
 
     update = (m / (1 - b1^t)) / (sqrt(nu / (1 - b2^t) + eps_root) + eps)
 
-The levels of nu are powers of two, and in the upper 4 octaves, where most elements are, the floats
-half-way between them, too. An element below the lowest level takes it: its steps are shorter.
-
 Rounding to the nearest would leave nu where it is for ever (one step changes it by a thousandth),
 and small parts of m; rounding by a fraction (`gefen_jax._dither`) moves them by as much on average.
-For nu that is one integer addition: a float32's lower bits say how far it is on its way to the next
-level, and adding as many bits of the fraction carries with just that probability. Exponents are
-those of float32, biased by 127; below, a *place* is twice an exponent, plus 1 for 1.5 times it.
+But a nu that jumps between two levels is off from what it should be, for as long as it remembers,
+1 / (1 - b2) steps: that costs more than sharing it with a neighbour, which buys levels a sixteenth
+apart instead of a factor of 1.5 or 2 (the numbers: `examples/benchmarks/research.md`).
 
-The first moment is coded relative to the root of the second, which makes the elements of a group
+The levels of nu are the floats with 4 bits of mantissa, of 16 octaves. So rounding is one integer
+addition: a float32's lower bits say how far it is on its way to the next level, and adding as many
+bits of the fraction carries with just that probability. Exponents are those of float32, biased by
+127. A nu below the lowest level takes it: the steps of its pair are shorter.
+
+The first moment is coded relative to the root of the second, which makes the elements of a block
 alike whatever their size: what is coded is nearly the update itself.
 
 As in `gefen_jax._step`, `advance_dual` writes the state only and `direction_dual` is one
@@ -34,29 +38,66 @@ elementwise expression of it, which XLA fuses with what follows. (Using the mome
 before coding needs an array of updates and gained nothing in validation loss.)
 """
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt32
 
-from gefen_jax._blocks import Shape, flat_view, split, split_stats, spread, stats_shape
+from gefen_jax._blocks import (
+    FlatView,
+    Shape,
+    flat_view,
+    read_cut,
+    split,
+    split_stats,
+    spread,
+    stats_shape,
+)
 from gefen_jax._chunks import Piece, over_pieces
 from gefen_jax._dither import dither, positions
 from gefen_jax._levels import Levels, level, round_to_level
 from gefen_jax._types import Decay, Moments, Step
 
 _MANTISSA = 23  # bits of a float32's mantissa
-_FINE = 8  # places below a group's largest that have levels at every place, further down every two
+_KEPT = 4  # of them in a code of nu; the other bits of a byte are 4 of the exponent
+_DROPPED = _MANTISSA - _KEPT
 _INFINITE = 255  # the biased exponent of inf
-_HALF = np.uint32(1 << 31)  # the fraction by which rounding takes the nearest
+_NEAREST = np.uint32(1 << 31)  # the fraction by which rounding takes the nearest
 
 
-def _nu_level(exponent: UInt8[Array, "..."], high: UInt8[Array, "..."]) -> Float[Array, "..."]:
+class _Layout(NamedTuple):
+    """How the blocks of a leaf lie in an array."""
+
+    inside: tuple[int, ...]  # the axes of a block
+    paired: int  # of them, the one whose halves are paired
+
+
+Halves = tuple[Array, Array]  # of the paired axis: the two elements of every pair
+
+
+def paired_axis(block: Shape) -> int | None:
+    """The axis of a block whose halves are paired: the last with an even run."""
+    return next((i for i in reversed(range(len(block))) if block[i] % 2 == 0), None)
+
+
+def _halves(x: Array, axis: int) -> Halves:
+    half = x.shape[axis] // 2
+    first, second = (jax.lax.slice_in_dim(x, i * half, (i + 1) * half, axis=axis) for i in (0, 1))
+    return first, second
+
+
+def _nu_code(first: UInt8[Array, "..."], second: UInt8[Array, "..."]) -> UInt8[Array, "..."]:
+    """The code of nu from the bytes of a pair."""
+    return (first & 0xF0) | (second >> 4)
+
+
+def _nu_level(exponent: UInt8[Array, "..."], code: UInt8[Array, "..."]) -> Float[Array, "..."]:
     """The levels that exponents and codes stand for; 0 where they fall below the floats."""
-    below = 15 - high.astype(jnp.int32)
-    below += jnp.maximum(below - _FINE, 0)
-    place = jnp.maximum(2 * exponent.astype(jnp.int32) - below, 0)
-    return jax.lax.bitcast_convert_type(place << (_MANTISSA - 1), jnp.float32)
+    place = (exponent.astype(jnp.int32) << _KEPT) + code.astype(jnp.int32) - 255
+    return jax.lax.bitcast_convert_type(jnp.maximum(place, 0) << _DROPPED, jnp.float32)
 
 
 def _bits(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
@@ -66,64 +107,67 @@ def _bits(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
 def _round_nu(
     nu: Float[Array, "..."], fraction: UInt32[Array, "..."], inside: tuple[int, ...]
 ) -> tuple[UInt8[Array, "..."], UInt8[Array, "..."]]:
-    """The groups' exponents and the elements' codes."""
+    """The blocks' exponents and the pairs' codes."""
     largest = _bits(jnp.max(nu, axis=inside, keepdims=True))
     exponent = (largest + ((1 << _MANTISSA) - 1)) >> _MANTISSA
     exponent = jnp.minimum(exponent, _INFINITE).astype(jnp.int32)
-    coarse = ((_bits(nu) + (fraction >> 9)) >> _MANTISSA).astype(jnp.int32)
-    fine = ((_bits(nu) + (fraction >> 10)) >> (_MANTISSA - 1)).astype(jnp.int32)
-    # Which of the two is decided by nu itself: what lies between two levels must round to them.
-    place = (_bits(nu) >> (_MANTISSA - 1)).astype(jnp.int32)
-    below_fine = place < 2 * exponent - _FINE
-    below = jnp.where(below_fine, _FINE // 2 + exponent - coarse, 2 * exponent - fine)
-    high = 15 - jnp.clip(below, 0, 15)
-    return exponent.astype(jnp.uint8), high.astype(jnp.uint8)
-
-
-def _moments(
-    codes: UInt8[Array, "..."],
-    scale: Float[Array, "..."],
-    exponent: UInt8[Array, "..."],
-    levels: Levels,
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """m and nu of every element."""
-    nu = _nu_level(exponent, codes >> 4)
-    return level(levels, codes & 15) * (scale * jnp.sqrt(nu)), nu
+    place = ((_bits(nu) + (fraction >> (32 - _DROPPED))) >> _DROPPED).astype(jnp.int32)
+    code = jnp.clip(place - (exponent << _KEPT) + 255, 0, 255)
+    return exponent.astype(jnp.uint8), code.astype(jnp.uint8)
 
 
 def _code(
-    m: Float[Array, "..."],
+    m: tuple[Float[Array, "..."], Float[Array, "..."]],
     nu: Float[Array, "..."],
-    fractions: tuple[UInt32[Array, "..."], UInt32[Array, "..."]],
-    inside: tuple[int, ...],
+    fractions: tuple[Array, tuple[Array, Array]],
+    layout: _Layout,
     levels: Levels,
 ) -> Moments:
-    """The codes of groups that are the axes ``inside``; the fractions round nu and m."""
-    nu_fraction, mu_fraction = fractions
-    exponent, high = _round_nu(nu, nu_fraction, inside)
-    root = jnp.sqrt(_nu_level(exponent, high))
-    x = m / jnp.where(root == 0, jnp.inf, root)
-    # XLA's maximum on a CPU passes over NaN; an infinite scale makes the group's updates NaN.
-    scale = jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)), axis=inside, keepdims=True)
-    x = x / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
-    codes = round_to_level(levels, x, mu_fraction) | (high << 4)
-    return Moments(codes, scale, exponent)
+    """The state of pairs: their two m, their nu, and the fractions that round nu and each m."""
+    nu_fraction, m_fractions = fractions
+    exponent, code = _round_nu(nu, nu_fraction, layout.inside)
+    root = jnp.sqrt(_nu_level(exponent, code))
+    inverse = 1 / jnp.where(root == 0, jnp.inf, root)
+    x1, x2 = (part * inverse for part in m)
+    # XLA's maximum on a CPU passes over NaN; an infinite scale makes the block's updates NaN.
+    largest = jnp.where(jnp.isnan(x1 + x2), jnp.inf, jnp.maximum(jnp.abs(x1), jnp.abs(x2)))
+    scale = jnp.max(largest, axis=layout.inside, keepdims=True)
+    divisor = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+    codes = [
+        round_to_level(levels, x / divisor, fraction) | bits
+        for x, fraction, bits in zip((x1, x2), m_fractions, (code & 0xF0, code << 4), strict=True)
+    ]
+    return Moments(jnp.concatenate(codes, axis=layout.paired), scale, exponent)
 
 
 def _next(
-    g: Float[Array, "..."],
-    state: Moments,
-    position: UInt32[Array, "..."],
-    inside: tuple[int, ...],
+    g: Halves,
+    codes: Halves,
+    stats: tuple[Float[Array, "..."], UInt8[Array, "..."]],
+    position: Halves,
+    layout: _Layout,
     step: Step,
 ) -> Moments:
-    """The state of groups that are the axes ``inside``, a step later."""
+    """The state of blocks, a step later; their scales and exponents are ``stats``."""
     decay: Decay = step.decay
-    g = g.astype(jnp.float32)
-    m, nu = _moments(state.mu, state.scale, state.nu, step.levels)
-    m = m + decay.one_minus_b1 * (g - m)
-    nu = decay.b2 * nu + decay.one_minus_b2 * jnp.square(g)
-    return _code(m, nu, dither(step.phase, position), inside, step.levels)
+    scale, exponent = stats
+    g1, g2 = (x.astype(jnp.float32) for x in g)
+    nu = _nu_level(exponent, _nu_code(*codes))
+    unit = scale * jnp.sqrt(nu)
+    m1, m2 = (level(step.levels, c & 15) * unit for c in codes)
+    m = m1 + decay.one_minus_b1 * (g1 - m1), m2 + decay.one_minus_b1 * (g2 - m2)
+    nu = decay.b2 * nu + decay.one_minus_b2 * (0.5 * (jnp.square(g1) + jnp.square(g2)))
+    (nu_fraction, first), (_, second) = (dither(step.phase, p) for p in position)
+    return _code(m, nu, (nu_fraction, (first, second)), layout, step.levels)
+
+
+def _blocked(shape: Shape, block: Shape) -> _Layout:
+    """The layout of what `split` returns."""
+    axis, end, run = read_cut(shape, block)
+    new = int(run < shape[axis])  # axes
+    paired = paired_axis(block)
+    assert paired is not None, "checked when the plan was made"
+    return _Layout(tuple(range(axis + new, end + new + 1)), paired + new)
 
 
 def advance_dual(
@@ -134,33 +178,48 @@ def advance_dual(
     *,
     chunk: int | None = None,
 ) -> Moments:
-    """Takes the gradient into the state. Runs must divide their axis.
+    """Takes the gradient into the state.
 
     With ``chunk``, the leaf is worked through in pieces of about so many elements, in place: the
     same result, with temporaries of one piece.
     """
     if chunk is None:
-        blocked, inside = split(g, block)
-        old = Moments(
-            state.mu.reshape(blocked.shape),
-            split_stats(state.scale, g.shape, block),
-            split_stats(state.nu, g.shape, block),
-        )
-        new = _next(blocked, old, positions(blocked.shape), inside, step)
+        layout = _blocked(g.shape, block)
+        blocked, _ = split(g, block)
+        halves = [
+            _halves(x.reshape(blocked.shape), layout.paired)
+            for x in (g, state.mu, positions(g.shape))
+        ]
+        scale, exponent = (split_stats(x, g.shape, block) for x in (state.scale, state.nu))
+        new = _next(halves[0], halves[1], (scale, exponent), halves[2], layout, step)
     else:
         view = flat_view(g.shape, block)
-        flat_g = g.reshape(view.shape)
+        # Stretches of a block of which each is halved for itself.
+        number = math.prod(block[: paired_axis(block)])
+        layout = _Layout((1, 2), 2)
+        lines = FlatView(view.blocks * number, view.period // number, view.inner)
+        flat_g = g.reshape(lines.shape)
 
         def body(piece: Piece, carry: Moments) -> Moments:
-            part = piece.read_constant(flat_g)
-            old = Moments(
-                piece.read(carry.mu), piece.read_stats(carry.scale), piece.read_stats(carry.nu)
-            )
-            new = _next(part, old, piece.positions(view), (1,), step)
+            def per_block(x: Array) -> Array:
+                return x.reshape(piece.rows, -1, lines.period // 2, *x.shape[2:])
+
+            at = piece.stretches(number)
+            tied, constant = at.tied(flat_g)
+            halves = [
+                jax.tree.map(per_block, x)
+                for x in (
+                    tied.read_halves(constant),
+                    at.read_halves(carry.mu.reshape(lines.shape)),
+                    at.positions(lines),
+                )
+            ]
+            stats = tuple(jnp.expand_dims(piece.read_stats(x), 1) for x in (carry.scale, carry.nu))
+            new = _next(halves[0], halves[1], stats, halves[2], layout, step)
             return Moments(
-                piece.write(carry.mu, new.mu),
-                piece.write_stats(carry.scale, new.scale),
-                piece.write_stats(carry.nu, new.nu),
+                piece.write(carry.mu, new.mu.reshape(piece.rows, view.period, *new.mu.shape[3:])),
+                piece.write_stats(carry.scale, jnp.squeeze(new.scale, 1)),
+                piece.write_stats(carry.nu, jnp.squeeze(new.nu, 1)),
             )
 
         carry = Moments(
@@ -176,24 +235,33 @@ def read_dual(
     state: Moments, block: Shape, levels: Levels
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """The moments of every element."""
-    scale, exponent = (spread(x, state.mu.shape, block) for x in (state.scale, state.nu))
-    return _moments(state.mu, scale, exponent, levels)
+    shape = state.mu.shape
+    blocked, _ = split(state.mu, block)
+    axis = _blocked(shape, block).paired
+    # The two halves as an axis of their own, along which a code of nu is repeated: one elementwise
+    # expression, where two halves put together would be stored.
+    half = blocked.shape[axis] // 2
+    pairs = blocked.reshape(*blocked.shape[:axis], 2, half, *blocked.shape[axis + 1 :])
+    code = jnp.broadcast_to(_nu_code(*_halves(pairs, axis)), pairs.shape).reshape(shape)
+    scale, exponent = (spread(x, shape, block) for x in (state.scale, state.nu))
+    nu = _nu_level(exponent, code)
+    return level(levels, state.mu & 15) * (scale * jnp.sqrt(nu)), nu
 
 
 def write_dual(
     mu: Float[Array, "*shape"], nu: Float[Array, "*shape"], block: Shape, levels: Levels
 ) -> Moments:
-    """The state nearest to the moments of every element. Runs must divide their axis.
+    """The state nearest to the moments of every element: a pair has the mean of its two nu.
 
     The nearest level of nu is that in nu itself, not in its logarithm: nu is an average, and so is
     right on average over elements, as the step's rounding is over steps.
     """
-    blocked_mu, inside = split(mu, block)
-    blocked_nu, _ = split(nu, block)
-    half = jnp.full(blocked_mu.shape, _HALF)
-    codes, scale, exponent = _code(blocked_mu, blocked_nu, (half, half), inside, levels)
+    layout = _blocked(mu.shape, block)
+    m, (nu1, nu2) = (_halves(split(x, block)[0], layout.paired) for x in (mu, nu))
+    half = jnp.full(nu1.shape, _NEAREST)
+    new = _code(m, 0.5 * (nu1 + nu2), (half, (half, half)), layout, levels)
     stats = stats_shape(mu.shape, block)
-    return Moments(codes.reshape(mu.shape), scale.reshape(stats), exponent.reshape(stats))
+    return Moments(new.mu.reshape(mu.shape), new.scale.reshape(stats), new.nu.reshape(stats))
 
 
 def direction_dual(

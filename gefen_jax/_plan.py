@@ -23,7 +23,7 @@ from gefen_jax._types import Kind
 from gefen_jax._untrained import Untrained
 
 _FORMAT = "gefen_jax plan"
-VERSION = 1
+VERSION = 2  # 1 differs in the dual code, whose bytes were laid out in another way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,9 +242,14 @@ class Plan:
                 data = json.load(file)
             if data["format"] != _FORMAT:
                 raise ValueError(f"its format is {data['format']!r}")
-            if data["version"] != VERSION:
+            if data["version"] not in (1, VERSION):
                 raise ValueError(
                     f"its version is {data['version']!r}, this package reads {VERSION}"
+                )
+            if data["version"] == 1 and any(x["kind"] == "dual_code" for x in data["leaves"]):
+                raise ValueError(
+                    "its version is 1, whose dual code laid out bytes in another way: make the plan"
+                    " anew, and the optimizer's state with it"
                 )
             leaves = tuple(_read_leaf(leaf) for leaf in data["leaves"])
             return cls(leaves, tuple(data["codebook"]), data["codebook_reason"], data["rule"])
@@ -271,9 +276,9 @@ def plan_by_shape(
 
     Args:
       params: The parameters, or their `jax.ShapeDtypeStruct`s.
-      kind: What the leaves that are not small get: "dual_code" (both moments of every element in
-        one byte) or "shared_blocks" (one second moment per block, with the built-in codebook;
-        `calibrate` chooses better blocks).
+      kind: What the leaves that are not small get: "dual_code" (both moments in one byte per
+        element; shared blocks where no axis has even runs) or "shared_blocks" (one second moment
+        per block, with the built-in codebook; `calibrate` chooses better blocks).
 
     Returns:
       A `Plan` with rule "shape".

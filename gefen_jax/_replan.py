@@ -49,13 +49,14 @@ def replan(
     .. math::
       s &= \max_{block} |m|, \quad k = \mathrm{nearest}(c, m / s), \quad v' =
       \mathrm{mean}_{block}(v) \quad \text{(shared blocks)} \\
-      v' &= \mathrm{nearest\ level}(v), \quad s = \max_{block} |m / \sqrt{v'}|, \quad
+      v' &= \mathrm{nearest\ level}(\mathrm{mean}_{pair}(v)), \quad
+      s = \max_{block} |m / \sqrt{v'}|, \quad
       k = \mathrm{nearest}(c_4, m / \sqrt{v'} / s) \quad \text{(dual code)}
 
     and exact moments are stored as they are. So a first moment moves by at most half the largest
     gap between entries of the codebook times :math:`s` (times :math:`\sqrt{v'}` in the dual code).
-    A second moment in the dual code moves by at most a fifth of itself, below a sixteenth of its
-    block's largest by a third, and none is kept below 2^-11 of it, rounded up to a power of two.
+    In the dual code, a pair's second moment is within 1/32 of the mean of its two, and none is kept
+    below 2^-16 of its block's largest, rounded up to a power of two.
 
     To exact moments, nothing is lost. To the same plan, the moments stay what they are, to the bit
     but for the dual code's first ones, which can be off by 8 roundings of float32. (Provided that

@@ -107,7 +107,8 @@ def advance(
             read_nu, write_nu = Piece.read, Piece.write
 
         def body(piece: Piece, carry: Moments) -> Moments:
-            part = piece.read_constant(flat_g)
+            at, constant = piece.tied(flat_g)
+            part = at.read(constant)
             mu, scale = piece.read(carry.mu), piece.read_stats(carry.scale)
             mu, scale = _next_mu(part, mu, scale, (1,), encoder, decay, exact_lookup)
             nu = _next_nu(part, read_nu(piece, carry.nu), (1,), decay)

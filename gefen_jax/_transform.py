@@ -28,9 +28,9 @@ from gefen_jax._types import Decay, Kind, Moments
 class ScaleByGefenState(NamedTuple):
     """State of `scale_by_gefen`: mu, scale and nu are trees like the parameters.
 
-    A leaf's kind in the plan says what stands there. A dual code keeps both moments of an element
-    in a byte of mu, and per block a scale and, in nu, an exponent. Shared blocks keep codes in mu
-    (the first moment is ``codebook[mu] * scale``) and per block a scale and a second moment. An
+    A leaf's kind in the plan says what stands there. A dual code keeps both moments in the bytes of
+    mu, one per element, and per block a scale and, in nu, an exponent. Shared blocks keep codes in
+    mu (the first moment is ``codebook[mu] * scale``) and per block a scale and a second moment. An
     exact leaf keeps float32 moments in mu and nu and None in scale.
     """
 
@@ -136,17 +136,19 @@ def scale_by_gefen(
     r"""Rescales updates as Adam does, from about one byte of state per parameter.
 
     Adam's moments, stored in one of two ways; the plan says which for every leaf. Without a plan,
-    both moments of an element share one byte (`DualCode`):
+    both moments are in one byte per element (`DualCode`):
 
     .. math::
-      v_t = b_2 v_{t-1} + (1 - b_2) g_t^2, \quad m_t = b_1 m_{t-1} + (1 - b_1) g_t, \quad
+      v_t = b_2 \hat v_{t-1} + (1 - b_2)\, \mathrm{mean}_{pair}(g_t^2), \quad
+      m_t = b_1 \hat m_{t-1} + (1 - b_1) g_t, \quad
       u_t = \frac{\hat m_t / (1 - b_1^t)}{\sqrt{\hat v_t / (1 - b_2^t) + \bar\varepsilon} +
       \varepsilon}
 
-    where the hats, and the moments that the next step starts from, are the values that four bits
-    each can stand for beside their block's scale and exponent, rounded so that they are right on
-    average. In a plan from `calibrate` blocks share a second moment (`SharedBlocks`): per block,
-    with :math:`c` the codebook, :math:`s` its scale and :math:`k` the codes of its elements,
+    where the hats are the values that codes can stand for beside their block's scale and exponent:
+    four bits of every first moment, eight of the second moment that two elements share; rounded so
+    that they are right on average. In a plan from `calibrate` blocks share a second moment
+    (`SharedBlocks`): per block, with :math:`c` the codebook, :math:`s` its scale and :math:`k` the
+    codes of its elements,
 
     .. math::
       v_t &= b_2 v_{t-1} + (1 - b_2)\, \mathrm{mean}_{block}(g_t^2) \\

@@ -320,7 +320,7 @@ def test_file_is_readable(plan, tmp_path):
     plan.save(path)
     text = path.read_text()
     data = json.loads(text)
-    assert data["format"] == "gefen_jax plan" and data["version"] == 1
+    assert data["format"] == "gefen_jax plan" and data["version"] == 2
     assert data["rule"] == "shape" and len(data["codebook"]) == 256
     # One leaf per line, findable by its path; nothing but the codebook is long.
     lines = text.splitlines()
@@ -368,8 +368,9 @@ _DAMAGES = {
     "null": (lambda text: "null", ""),
     "other JSON": (lambda text: '{"a": 1}', "format"),
     "other format": (_edit(format="something"), "format.*something"),
-    "version 2": (_edit(version=2), "version is 2.*reads 1"),
-    "version of wrong type": (_edit(version="1"), "version is '1'"),
+    "version 3": (_edit(version=3), "version is 3.*reads 2"),
+    "old dual code": (_edit(version=1), "version is 1, whose dual code.*make the plan anew"),
+    "version of wrong type": (_edit(version="2"), "version is '2'"),
     "no version": (_without("version"), "version"),
     "no leaves": (_without("leaves"), "leaves"),
     "no codebook": (_without("codebook"), "codebook"),

@@ -109,8 +109,8 @@ def _pretrained_gpt(quick: bool) -> Params:
 
 TASKS: dict[str, Task] = {
     "gpt": Task(gpt, 600, 4e-3, b2=0.99, weight_decay=0.1, seconds=120),
-    "llama": Task(llama, 600, 4e-3, b2=0.99, weight_decay=0.1, seconds=120),
+    "llama": Task(llama, 600, 2e-3, b2=0.99, weight_decay=0.1, seconds=120),
     "vit": Task(vit, 400, 1e-3, b2=0.999, weight_decay=0.1, seconds=36),
-    "finetune": Task(finetune, 400, 1e-3, b2=0.999, weight_decay=0.01, seconds=80),
+    "finetune": Task(finetune, 400, 4e-3, b2=0.999, weight_decay=0.01, seconds=80),
     "lora": Task(lora, 400, 8e-3, b2=0.999, weight_decay=0.0, seconds=80),
 }

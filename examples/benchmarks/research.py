@@ -3,8 +3,8 @@
 Moments stay float32 arrays here, rounded to what codes could stand for: no byte is saved, but the
 losses are those that a state of that kind would give.
 
-    python examples/benchmarks/research.py --variant adamw golden-mixed --seeds 0 1    # minutes
-    python examples/benchmarks/research.py --problem mlp scaled --variant adamw nearest golden
+    python examples/benchmarks/research.py --variant adamw pairs --seeds 0 1    # minutes
+    python examples/benchmarks/research.py --problem mlp scaled --variant adamw nearest pairs
 
 Each run appends one line to `examples/results/research.jsonl`. A new variant is a new entry of
 `VARIANTS`; "adamw", where nothing is rounded, is what the others are compared with.
@@ -44,6 +44,7 @@ _RELATIVE = replace(_PLAIN, mu_relative=True)
 _CODED = Kept(mu_levels=16, mu_relative=True, nu="maximum")
 _GOLDEN = replace(_CODED, mu_rounding="golden", nu_rounding="golden")
 _ROOT = math.sqrt(2)
+_PAIRS = replace(_GOLDEN, nu_levels=256, nu_ratio="float", nu_pairs=True)
 
 VARIANTS: dict[str, Kept] = {
     "adamw": Kept(),
@@ -80,6 +81,11 @@ VARIANTS: dict[str, Kept] = {
     "golden": _GOLDEN,
     "golden-root": replace(_GOLDEN, nu_ratio=_ROOT),
     "golden-mixed": replace(_GOLDEN, nu_ratio="mixed"),
+    "golden-mixed-mu": replace(_GOLDEN, nu="exact"),
+    "golden-mixed-nu": replace(_GOLDEN, mu_levels=0, nu_ratio="mixed"),
+    "pairs": _PAIRS,
+    "pairs-axis-0": replace(_PAIRS, axis=-2),
+    "pairs-nu": replace(_PAIRS, mu_levels=0),
     "golden-5+3": replace(_GOLDEN, mu_levels=32, nu_levels=8),
 }
 
@@ -195,7 +201,7 @@ def make_run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--problem", nargs="+", choices=PROBLEMS, default=["gpt"])
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=["adamw", "golden-mixed"])
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=["adamw", "pairs"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--lr", nargs="+", type=float, help="instead of each problem's own")
     parser.add_argument("--steps", type=int, help="instead of each problem's own")

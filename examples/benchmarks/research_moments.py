@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -36,8 +37,10 @@ class Kept:
     mu_rounding: Rounding = "nearest"
     nu: Literal["exact", "mean", "factored", "row-column", "maximum"] = "exact"
     nu_levels: int = 16  # around row x column / mean, or from the group's maximum down
-    nu_ratio: float | Literal["mixed"] = 2.0  # between levels; "mixed": those of `DualCode`
+    # Between levels. "mixed": half-octaves near the top, 11 octaves. "float": 4 bits of mantissa.
+    nu_ratio: float | Literal["mixed", "float"] = 2.0
     nu_rounding: Rounding = "random"
+    nu_pairs: bool = False  # an element shares nu with the one half a group away
     group: int = 256
     axis: int = -1
     mu_used: Literal["coded", "uncoded"] = "coded"  # in the update
@@ -53,7 +56,7 @@ class Kept:
             "mean": 4 / self.group,
             "factored": 8 / 512,
             "row-column": code + 8 / 512,
-            "maximum": code + 1 / self.group,
+            "maximum": code / (2 if self.nu_pairs else 1) + 1 / self.group,
         }
         return mu + nu[self.nu]
 
@@ -114,22 +117,38 @@ def _codebook(levels: int) -> np.ndarray:
     return np.asarray(derive(levels, 256) if levels == 32 else builtin_codebook(levels))
 
 
+def _pairs(x: Array, kept: Kept, combine: Callable[[Array, Array], Array]) -> Array:
+    """For both elements of every pair, what `combine` makes of the two."""
+    groups = _group(x, kept)
+    first, second = jnp.split(groups, 2, -1)
+    return _ungroup(jnp.tile(combine(first, second), 2), x, kept)
+
+
+def _levels(kept: Kept) -> list[float]:
+    """The levels of nu, relative to its group's largest rounded up."""
+    if kept.nu_ratio == "mixed":
+        return [2.0**-i for i in range(12)] + [1.5 * 2.0**-i for i in range(1, 5)]
+    if kept.nu_ratio == "float":
+        return [(1 + (-i % 16) / 16) * 2.0 ** -math.ceil(i / 16) for i in range(kept.nu_levels)]
+    return [kept.nu_ratio**-i for i in range(kept.nu_levels)]
+
+
 def _keep_nu(nu: Array, base: Array, kept: Kept, fraction: Array) -> Array:
     """nu as kept; `base` is row x column / mean."""
     if kept.nu in ("exact", "factored"):
         return nu if kept.nu == "exact" else base
     if kept.nu == "mean":
         return _ungroup(jnp.mean(_group(nu, kept), -1, keepdims=True), nu, kept)
-    if kept.nu_ratio == "mixed":
-        ratio, levels = 2.0, [2.0**-i for i in range(12)] + [1.5 * 2.0**-i for i in range(1, 5)]
-    else:
-        ratio, levels = kept.nu_ratio, [kept.nu_ratio**-i for i in range(kept.nu_levels)]
+    if kept.nu_pairs:
+        nu = _pairs(nu, kept, lambda first, second: (first + second) / 2)
+        fraction = _pairs(fraction, kept, lambda first, _: first)
+    ratio = kept.nu_ratio if isinstance(kept.nu_ratio, float) else 2.0
     if kept.nu == "row-column":
         top = base * ratio**6
     else:  # the group's largest, rounded up to a power of the ratio
         largest = jnp.maximum(jnp.max(_group(nu, kept), -1, keepdims=True), _TINY)
         top = _ungroup(ratio ** jnp.ceil(jnp.log2(largest) / math.log2(ratio)), nu, kept)
-    return top * _round(nu / jnp.maximum(top, _TINY), np.sort(levels), fraction)
+    return top * _round(nu / jnp.maximum(top, _TINY), np.sort(_levels(kept)), fraction)
 
 
 def _keep_mu(mu: Array, nu: Array, kept: Kept, fraction: Array) -> Array:

@@ -45,9 +45,31 @@ def _planned(
     return gx.gefen(learning_rate, b2=b2, weight_decay=weight_decay, mask=mask, plan=plan)
 
 
+def _muon(
+    make: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.Schedule,
+    *,
+    b2: float,
+    weight_decay: float,
+    mask: Any,
+    **_: Any,
+) -> optax.GradientTransformation:
+    """With updates of AdamW's root mean square, so that its learning rates serve."""
+    return make(
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=mask,
+        adam_b2=b2,
+        consistent_rms=0.2,
+    )
+
+
 VARIANTS: dict[str, Variant] = {
     "adamw": _adamw,
     "gefen": _gefen,
     "gefen, shared blocks": functools.partial(_planned, "axis"),
     "gefen, reference rule": functools.partial(_planned, "reference"),
+    "muon": functools.partial(_muon, optax.contrib.muon),
+    "gefen_muon": functools.partial(_muon, gx.gefen_muon),
+    "gefen_muon, 4 bits": functools.partial(_muon, functools.partial(gx.gefen_muon, bits=4)),
 }

@@ -1,6 +1,7 @@
 """Which blocks a leaf may get, and which one it gets when nothing but its shape is known."""
 
 import math
+from collections.abc import Mapping
 
 from gefen_jax._blocks import Cut, Shape, block_size, make_block, read_cut
 from gefen_jax._constants import (
@@ -107,14 +108,15 @@ def decided_by_size(specs: list[LeafSpec]) -> dict[str, tuple[Kind, str]]:
     return decided
 
 
-def dual_block(shape: Shape) -> Shape | None:
+def dual_block(shape: Shape, output_axis: int | None = None) -> Shape | None:
     """The block of a dual code: a run of the last axis, of about DUAL_BLOCK elements.
 
     Pairs of the last axis cost least: there are the features of a layer's output, and of one row
-    of an embedding. A shorter last axis is taken whole, with a run of the axis before it, and so
-    on, but of the first axis only if nothing else is left: the rows of an embedding have seen very
-    different numbers of gradients. For that reason a matrix with far more columns than rows, an
-    output layer, has runs of its first axis. None if no such block divides the leaf in pairs.
+    of an embedding. Where a layer's outputs are along another axis, its runs are wanted first. A
+    shorter last axis is taken whole, with a run of the axis before it, and so on, but of the first
+    axis only if nothing else is left: the rows of an embedding have seen very different numbers of
+    gradients. For that reason a matrix with far more columns than rows, an output layer, has runs
+    of its first axis. None if no such block divides the leaf in pairs.
     """
     last = len(shape) - 1
     axis = last
@@ -123,6 +125,8 @@ def dual_block(shape: Shape) -> Shape | None:
     cuts = [(i, last) for i in range(axis, -1, -1)] + [(i, i) for i in range(last - 1, -1, -1)]
     if last == 1 and shape[1] > OUTPUT_LAYER * shape[0]:
         cuts.insert(0, (0, 0))
+    if output_axis is not None:
+        cuts.insert(0, (output_axis, output_axis))
     for axis, end in cuts:
         whole = math.prod(shape[axis + 1 : end + 1])
         blocks = [
@@ -136,17 +140,18 @@ def dual_block(shape: Shape) -> Shape | None:
     return None
 
 
-def dual_code(shape: Shape) -> tuple[Kind, str]:
+def dual_code(shape: Shape, output_axis: int | None = None) -> tuple[Kind, str]:
     """The dual code of a leaf, from its shape alone; shared blocks where it has no pairs."""
-    block = dual_block(shape)
+    block = dual_block(shape, output_axis)
     if block is None:
         kind, reason = shared_blocks(shape)
         return kind, f"no even runs for a dual code, {reason}"
     return DualCode(block), f"by shape: {describe_block(shape, block)}"
 
 
-def shared_blocks(shape: Shape) -> tuple[Kind, str]:
-    """The shared blocks of a leaf about whose gradient nothing is known."""
+def shared_blocks(shape: Shape, output_axis: int | None = None) -> tuple[Kind, str]:
+    """The shared blocks of a leaf about whose gradient nothing is known, whatever its axes are."""
+    del output_axis
     block = block_by_shape(shape)
     return SharedBlocks(block), f"by shape: {describe_block(shape, block)}"
 
@@ -154,10 +159,15 @@ def shared_blocks(shape: Shape) -> tuple[Kind, str]:
 KINDS_BY_SHAPE = {DualCode.name: dual_code, SharedBlocks.name: shared_blocks}
 
 
-def kinds_by_shape(specs: list[LeafSpec], kind: str = DualCode.name) -> dict[str, tuple[Kind, str]]:
-    """A kind and its reason for every leaf, from shapes alone."""
+def kinds_by_shape(
+    specs: list[LeafSpec],
+    kind: str = DualCode.name,
+    output_axes: Mapping[str, int] | None = None,
+) -> dict[str, tuple[Kind, str]]:
+    """A kind and its reason for every leaf, from shapes alone, and axes of outputs by path."""
     decided = decided_by_size(specs)
     for spec in specs:
         if spec.path not in decided:
-            decided[spec.path] = KINDS_BY_SHAPE[kind](spec.shape)
+            axis = (output_axes or {}).get(spec.path)
+            decided[spec.path] = KINDS_BY_SHAPE[kind](spec.shape, axis)
     return decided

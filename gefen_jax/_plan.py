@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -269,8 +269,27 @@ def _read_leaf(data: dict[str, Any]) -> LeafPlan:
     return LeafPlan(path, shape, KINDS[name](**fields), reason)
 
 
+def _axes_by_path(specs: list[LeafSpec], output_axis: Mapping[str, int]) -> dict[str, int]:
+    """The non-negative axis of every leaf that a pattern matches; the last pattern wins."""
+    axes = {}
+    for pattern, axis in output_axis.items():
+        hit = [spec for spec in specs if fnmatch.fnmatchcase(spec.path, pattern)]
+        if not hit:
+            raise ValueError(f"`output_axis`: the pattern {pattern!r} matches no leaf")
+        for spec in hit:
+            if not -len(spec.shape) <= axis < len(spec.shape):
+                raise ValueError(
+                    f"`output_axis`: `{spec.path}`, of shape {spec.shape}, has no axis {axis}"
+                )
+            axes[spec.path] = axis % len(spec.shape)
+    return axes
+
+
 def plan_by_shape(
-    params: Any, *, kind: Literal["dual_code", "shared_blocks"] = "dual_code"
+    params: Any,
+    *,
+    kind: Literal["dual_code", "shared_blocks"] = "dual_code",
+    output_axis: Mapping[str, int] | None = None,
 ) -> Plan:
     """A plan from shapes alone; with the dual code, the one that `gefen` uses when given none.
 
@@ -279,13 +298,18 @@ def plan_by_shape(
       kind: What the leaves that are not small get: "dual_code" (both moments in one byte per
         element; shared blocks where no axis has even runs) or "shared_blocks" (one second moment
         per block, with the built-in codebook; `calibrate` chooses better blocks).
+      output_axis: Where a layer's outputs are not along the last axis, as in equinox, whose
+        `Linear` keeps (out, in): patterns of paths as in `fnmatch`, and their axes, e.g.
+        ``{"*linear*weight": 0}``. The two elements of a dual code's pair are then two outputs:
+        two inputs, whose gradients differ more in size, cost 0.02 nats in our trials.
 
     Returns:
       A `Plan` with rule "shape".
 
     Raises:
       TypeError: For a complex leaf.
-      ValueError: For a kind that shapes alone cannot give.
+      ValueError: For a kind that shapes alone cannot give; for a pattern that matches nothing, or
+        a leaf without that axis.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -295,10 +319,12 @@ def plan_by_shape(
       1.02
       >>> round(gx.plan_by_shape(params, kind="shared_blocks").bytes_per_param, 3)
       1.008
+      >>> gx.plan_by_shape(params, output_axis={"w": 0})["w"].kind
+      DualCode(block=(256, 1))
     """
     if kind not in KINDS_BY_SHAPE:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS_BY_SHAPE)}, got {kind!r}")
     specs = param_specs(params)
-    kinds = kinds_by_shape(specs, kind)
+    kinds = kinds_by_shape(specs, kind, _axes_by_path(specs, output_axis or {}))
     leaves = tuple(LeafPlan(s.path, s.shape, *kinds[s.path]) for s in specs)
     return Plan(leaves, builtin_codebook(), "built in", "shape")

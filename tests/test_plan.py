@@ -505,3 +505,39 @@ def test_what_is_no_block(case):
     shape, block, match = _NOT_BLOCKS[case]
     with pytest.raises(ValueError, match=re.escape(str(block)) + f".*{match}"):
         check_block(shape, block)
+
+
+# Outputs along another axis -----------------------------------------------------------------------
+
+
+def test_output_axis_puts_pairs_there():
+    """By path; the others, and leaves too small for codes, as without."""
+    params = {
+        "linear": {"weight": jnp.zeros((512, 256)), "bias": jnp.zeros(512)},
+        "embedding": {"weight": jnp.zeros((1000, 256))},
+        "conv": {"weight": jnp.zeros((64, 32, 3, 3))},
+        "odd": {"weight": jnp.zeros((333, 256))},
+    }
+    usual = gx.plan_by_shape(params)
+    plan = gx.plan_by_shape(params, output_axis={"*weight": 0, "embedding/*": -1})
+    assert plan["linear/weight"].kind == gx.DualCode((256, 1))
+    assert plan["conv/weight"].kind == gx.DualCode((64, 1, 1, 1))
+    for path in ("linear/bias", "embedding/weight", "odd/weight"):
+        assert plan[path] == usual[path]
+    assert gx.plan_by_shape(params, kind="shared_blocks", output_axis={"*": 0}) == gx.plan_by_shape(
+        params, kind="shared_blocks"
+    )
+
+
+@pytest.mark.parametrize(
+    ("output_axis", "message"),
+    [
+        ({"*kernel": 0}, "pattern '\\*kernel' matches no leaf"),
+        ({"*weight": 2}, "`linear/weight`, of shape \\(512, 256\\), has no axis 2"),
+        ({"*weight": -3}, "has no axis -3"),
+    ],
+)
+def test_output_axis_that_does_not_fit(output_axis, message):
+    params = {"linear": {"weight": jax.ShapeDtypeStruct((512, 256), jnp.float32)}}
+    with pytest.raises(ValueError, match=message):
+        gx.plan_by_shape(params, output_axis=output_axis)

@@ -23,6 +23,11 @@ from gefen_jax._shared_blocks import SharedBlocks
 from gefen_jax._types import Kind
 from gefen_jax._untrained import Untrained
 
+# What people call the layer with one column per token or class.
+_OUTPUT_NAMES = frozenset(
+    "head lm_head output_head logits logits_dense to_logits unembed unembedding".split()
+)
+
 
 def _divisors(n: int) -> list[int]:
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
@@ -108,25 +113,34 @@ def decided_by_size(specs: list[LeafSpec]) -> dict[str, tuple[Kind, str]]:
     return decided
 
 
-def dual_block(shape: Shape, output_axis: int | None = None) -> Shape | None:
+def _is_output_layer(spec: LeafSpec) -> bool:
+    """Whether a matrix has one column per token or class, as far as shape and name tell."""
+    if len(spec.shape) != 2:
+        return False
+    rows, columns = spec.shape
+    named = not _OUTPUT_NAMES.isdisjoint(spec.path.lower().split("/"))
+    return columns > OUTPUT_LAYER * rows or (named and columns > rows)
+
+
+def dual_block(spec: LeafSpec, pair_axis: int | None = None) -> Shape | None:
     """The block of a dual code: a run of the last axis, of about DUAL_BLOCK elements.
 
     Pairs of the last axis cost least: there are the features of a layer's output, and of one row
-    of an embedding. Where a layer's outputs are along another axis, its runs are wanted first. A
-    shorter last axis is taken whole, with a run of the axis before it, and so on, but of the first
-    axis only if nothing else is left: the rows of an embedding have seen very different numbers of
-    gradients. For that reason a matrix with far more columns than rows, an output layer, has runs
-    of its first axis. None if no such block divides the leaf in pairs.
+    of an embedding. A shorter last axis is taken whole, with a run of the axis before it, and so
+    on, but of the first axis only if nothing else is left: the rows of an embedding have seen very
+    different numbers of gradients. For that reason an output layer has runs of its first axis.
+    Runs of the ``pair_axis`` are preferred to all of these. None if no such block divides the leaf
+    in pairs.
     """
-    last = len(shape) - 1
+    shape, last = spec.shape, len(spec.shape) - 1
     axis = last
     while axis > 1 and math.prod(shape[axis:]) < DUAL_BLOCK:
         axis -= 1
     cuts = [(i, last) for i in range(axis, -1, -1)] + [(i, i) for i in range(last - 1, -1, -1)]
-    if last == 1 and shape[1] > OUTPUT_LAYER * shape[0]:
-        cuts.insert(0, (0, 0))
-    if output_axis is not None:
-        cuts.insert(0, (output_axis, output_axis))
+    if pair_axis is None and _is_output_layer(spec):
+        pair_axis = 0
+    if pair_axis not in (None, last):
+        cuts.insert(0, (pair_axis, pair_axis))
     for axis, end in cuts:
         whole = math.prod(shape[axis + 1 : end + 1])
         blocks = [
@@ -140,20 +154,25 @@ def dual_block(shape: Shape, output_axis: int | None = None) -> Shape | None:
     return None
 
 
-def dual_code(shape: Shape, output_axis: int | None = None) -> tuple[Kind, str]:
-    """The dual code of a leaf, from its shape alone; shared blocks where it has no pairs."""
-    block = dual_block(shape, output_axis)
+def dual_code(spec: LeafSpec, pair_axis: int | None = None) -> tuple[Kind, str]:
+    """The dual code of a leaf, from shape and name; shared blocks where it has no pairs."""
+    block = dual_block(spec, pair_axis)
     if block is None:
-        kind, reason = shared_blocks(shape)
+        kind, reason = shared_blocks(spec)
         return kind, f"no even runs for a dual code, {reason}"
-    return DualCode(block), f"by shape: {describe_block(shape, block)}"
+    why = "by shape"
+    if paired_axis(block) == pair_axis:
+        why = "as asked"
+    elif paired_axis(block) == 0 and _is_output_layer(spec):
+        why = "an output layer"
+    return DualCode(block), f"{why}: {describe_block(spec.shape, block)}"
 
 
-def shared_blocks(shape: Shape, output_axis: int | None = None) -> tuple[Kind, str]:
-    """The shared blocks of a leaf about whose gradient nothing is known, whatever its axes are."""
-    del output_axis
-    block = block_by_shape(shape)
-    return SharedBlocks(block), f"by shape: {describe_block(shape, block)}"
+def shared_blocks(spec: LeafSpec, pair_axis: int | None = None) -> tuple[Kind, str]:
+    """The shared blocks of a leaf about whose gradient nothing is known; it has no pairs."""
+    del pair_axis
+    block = block_by_shape(spec.shape)
+    return SharedBlocks(block), f"by shape: {describe_block(spec.shape, block)}"
 
 
 KINDS_BY_SHAPE = {DualCode.name: dual_code, SharedBlocks.name: shared_blocks}
@@ -162,12 +181,12 @@ KINDS_BY_SHAPE = {DualCode.name: dual_code, SharedBlocks.name: shared_blocks}
 def kinds_by_shape(
     specs: list[LeafSpec],
     kind: str = DualCode.name,
-    output_axes: Mapping[str, int] | None = None,
+    pair_axes: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[Kind, str]]:
-    """A kind and its reason for every leaf, from shapes alone, and axes of outputs by path."""
+    """A kind and its reason for every leaf, from shapes, names and axes of pairs by path."""
     decided = decided_by_size(specs)
     for spec in specs:
         if spec.path not in decided:
-            axis = (output_axes or {}).get(spec.path)
-            decided[spec.path] = KINDS_BY_SHAPE[kind](spec.shape, axis)
+            axis = (pair_axes or {}).get(spec.path)
+            decided[spec.path] = KINDS_BY_SHAPE[kind](spec, axis)
     return decided

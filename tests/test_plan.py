@@ -507,10 +507,10 @@ def test_what_is_no_block(case):
         check_block(shape, block)
 
 
-# Outputs along another axis -----------------------------------------------------------------------
+# Pairs along another axis -------------------------------------------------------------------------
 
 
-def test_output_axis_puts_pairs_there():
+def test_pair_axis_puts_pairs_there():
     """By path; the others, and leaves too small for codes, as without."""
     params = {
         "linear": {"weight": jnp.zeros((512, 256)), "bias": jnp.zeros(512)},
@@ -519,25 +519,46 @@ def test_output_axis_puts_pairs_there():
         "odd": {"weight": jnp.zeros((333, 256))},
     }
     usual = gx.plan_by_shape(params)
-    plan = gx.plan_by_shape(params, output_axis={"*weight": 0, "embedding/*": -1})
+    plan = gx.plan_by_shape(params, pair_axis={"*weight": 0, "embedding/*": -1})
     assert plan["linear/weight"].kind == gx.DualCode((256, 1))
     assert plan["conv/weight"].kind == gx.DualCode((64, 1, 1, 1))
     for path in ("linear/bias", "embedding/weight", "odd/weight"):
-        assert plan[path] == usual[path]
-    assert gx.plan_by_shape(params, kind="shared_blocks", output_axis={"*": 0}) == gx.plan_by_shape(
+        assert plan[path].kind == usual[path].kind
+    assert gx.plan_by_shape(params, kind="shared_blocks", pair_axis={"*": 0}) == gx.plan_by_shape(
         params, kind="shared_blocks"
     )
 
 
 @pytest.mark.parametrize(
-    ("output_axis", "message"),
+    ("pair_axis", "message"),
     [
         ({"*kernel": 0}, "pattern '\\*kernel' matches no leaf"),
         ({"*weight": 2}, "`linear/weight`, of shape \\(512, 256\\), has no axis 2"),
         ({"*weight": -3}, "has no axis -3"),
     ],
 )
-def test_output_axis_that_does_not_fit(output_axis, message):
+def test_pair_axis_that_does_not_fit(pair_axis, message):
     params = {"linear": {"weight": jax.ShapeDtypeStruct((512, 256), jnp.float32)}}
     with pytest.raises(ValueError, match=message):
-        gx.plan_by_shape(params, output_axis=output_axis)
+        gx.plan_by_shape(params, pair_axis=pair_axis)
+
+
+def test_output_layers_pair_inputs():
+    """By name, as long as there are more columns than rows, or by shape; else the last axis."""
+    params = {
+        "LM_Head": {"kernel": jax.ShapeDtypeStruct((128, 256), jnp.float32)},
+        "head": jax.ShapeDtypeStruct((256, 128), jnp.float32),
+        "heads": {"kernel": jax.ShapeDtypeStruct((128, 256), jnp.float32)},
+        "vocabulary": jax.ShapeDtypeStruct((128, 128 * 9), jnp.float32),
+        "mlp": jax.ShapeDtypeStruct((128, 128 * 8), jnp.float32),
+    }
+    plan = gx.plan_by_shape(params)
+    blocks = {leaf.path: leaf.kind.scale_block for leaf in plan.leaves}
+    assert blocks == {
+        "LM_Head/kernel": (128, 1),
+        "head": (1, 128),
+        "heads/kernel": (1, 256),
+        "vocabulary": (128, 1),
+        "mlp": (1, 256),
+    }
+    assert plan["LM_Head/kernel"].reason == "an output layer: 128 along axis 0"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import quality
 import quality_pretrained
 import quality_report
+import torch_gefen
 from quality_statistics import best_lr, by_setup, compare, losses, paired, t_quantile
 from quality_tasks import TASKS
 from quality_train import Recipe, Trainer
@@ -161,3 +163,18 @@ def test_report(tmp_path):
     assert "| gefen | 1.7500 | +0.2500 ± 0.0000 | 0.1 | 1.7500 | +0.2500 ± 0.0000 | 2 |" in text
     assert "| worse | diverged |  | 0.1 | diverged |" in text
     assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+def test_torch_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match="needs torch: pip install torch gefen"):
+        torch_gefen.main([])
+
+
+@pytest.mark.parametrize("there", [(), torch_gefen.PACKAGES])
+def test_one_package_is_imported_as_gefen(there, monkeypatch):
+    monkeypatch.setattr(torch_gefen, "require", lambda _: None)
+    monkeypatch.setattr(torch_gefen, "installed", lambda: dict.fromkeys(there, "1"))
+    torch_gefen.variants.cache_clear()
+    with pytest.raises(SystemExit, match="needs one of .* an environment of its own"):
+        torch_gefen.main([])

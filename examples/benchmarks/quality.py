@@ -16,7 +16,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -116,10 +116,13 @@ def row_of(job: Job, problem: Problem, trainer: Trainer, outcome: Outcome) -> di
         "cpu_seconds": round(outcome.cpu_seconds, 1),
         "data_sha256": problem.data.sha256,
         **{name: versions[name] for name in ("python", "jax", "optax", "gefen_jax", "cpu")},
+        **trainer.versions,
     }
 
 
-def run(jobs: Sequence[Job], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def run(
+    jobs: Sequence[Job], options: argparse.Namespace, make_trainer: type[Trainer] = Trainer
+) -> Iterator[dict[str, Any]]:
     """Runs the jobs in order; a task's data and a group's step are made once."""
     for task_name, of_task in itertools.groupby(jobs, lambda job: job.task):
         task = TASKS[task_name]
@@ -129,7 +132,7 @@ def run(jobs: Sequence[Job], options: argparse.Namespace) -> Iterator[dict[str, 
             recipe = Recipe(
                 variant, group[0].steps, group[0].b2, task.weight_decay, options.grad_dtype
             )
-            trainer = Trainer(problem, recipe, seed)
+            trainer = make_trainer(problem, recipe, seed)
             for job in group:
                 row = row_of(job, problem, trainer, trainer.run(job.lr))
                 append(options.out, row)
@@ -152,7 +155,9 @@ def list_jobs(jobs: Sequence[Job], console: Console) -> None:
     console.print(f"{len(jobs)} runs, about {total:.0f} minutes on one core")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(
+    argv: Sequence[str] | None, variants: Collection[str] = tuple(VARIANTS)
+) -> argparse.Namespace:
     def shard(text: str) -> tuple[int, int]:
         index, count = map(int, text.split("/"))
         if not 0 <= index < count:
@@ -161,7 +166,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variant", nargs="+", choices=variants, default=list(variants))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lr-factors", nargs="+", type=float, default=[0.5, 1.0, 2.0])
     parser.add_argument("--steps", type=int, help="instead of each task's own")
@@ -177,15 +182,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(argv)
+def main(
+    argv: Sequence[str] | None = None,
+    variants: Collection[str] = tuple(VARIANTS),
+    make_trainer: type[Trainer] = Trainer,
+) -> None:
+    options = parse(argv, variants)
     console = Console()
     # Sharded before what is done is left out, so that it does not matter when a process started.
     jobs = remaining(shard_of(jobs_of(options), options.shard), options.out)
     if options.list:
         list_jobs(jobs, console)
         return
-    for i, row in enumerate(run(jobs, options), start=1):
+    for i, row in enumerate(run(jobs, options, make_trainer), start=1):
         loss = "diverged" if row["loss"] is None else f"{row['loss']:.4f}"
         console.print(
             f"{i}/{len(jobs)} {row['task']}, {row['variant']}, seed {row['seed']},"

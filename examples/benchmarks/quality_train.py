@@ -7,7 +7,7 @@ their losses can be compared in pairs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -82,13 +82,25 @@ class PeakSchedule:
 
 
 class Trainer:
-    """A problem, a recipe and a seed, compiled once for all learning rates."""
+    """A problem, a recipe and a seed, compiled once for all learning rates.
+
+    To train with something else than Optax, a subclass replaces `_prepare`, `_begin`, `_advance`
+    and `_state_bytes`.
+    """
+
+    versions: Mapping[str, str] = {}  # of what else trains, for the rows
 
     def __init__(self, problem: Problem, recipe: Recipe, seed: int):
         self._problem, self._recipe, self._seed = problem, recipe, seed
         self._params = problem.init(seed)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self._params))
         self._schedule = PeakSchedule(recipe.steps)
+        self._validate = jax.jit(self._validation_loss)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes what all learning rates share."""
+        problem, recipe = self._problem, self._recipe
         gradient = jax.jit(jax.grad(problem.loss))
         first = gradient(self._params, problem.frozen, next(self._batches()))
         variant = VARIANTS[recipe.variant](
@@ -101,7 +113,19 @@ class Trainer:
         )
         self._tx = optax.chain(optax.clip_by_global_norm(1.0), variant)
         self._step = jax.jit(self._one_step, donate_argnums=(0, 1))
-        self._validate = jax.jit(self._validation_loss)
+
+    def _begin(self, peak: float) -> tuple[Params, Any]:
+        """Parameters and state before the first step."""
+        params = jax.tree.map(jnp.copy, self._params)  # the step donates them
+        return params, self._tx.init(params)
+
+    def _advance(
+        self, params: Params, opt_state: Any, batch: Any, peak: float
+    ) -> tuple[Params, Any]:
+        return self._step(params, opt_state, self._problem.frozen, batch, peak)
+
+    def _state_bytes(self, opt_state: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
 
     def _batches(self) -> Iterator[Any]:
         rng = np.random.default_rng(self._seed)
@@ -127,19 +151,18 @@ class Trainer:
         """Trains from the start at one learning rate."""
         started, cpu_started = time.perf_counter(), time.process_time()
         problem, steps = self._problem, self._recipe.steps
-        params = jax.tree.map(jnp.copy, self._params)  # the step donates them
-        opt_state = self._tx.init(params)
-        state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
+        params, opt_state = self._begin(peak)
         on_curve, last = evaluation_steps(steps)
         losses: dict[int, float] = {}
         for step, batch in zip(range(1, steps + 1), self._batches(), strict=False):
-            params, opt_state = self._step(params, opt_state, problem.frozen, batch, peak)
+            params, opt_state = self._advance(params, opt_state, batch, peak)
             if step in on_curve | last:
                 evaluated = self._validate(params, problem.frozen, problem.data.validation)
                 losses[step] = float(evaluated)
         curve = [(step, losses[step]) for step in sorted(on_curve)]
         final = float(np.mean([losses[step] for step in last]))
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        state_bytes = self._state_bytes(opt_state)
         return Outcome(final, curve, state_bytes, seconds, cpu_seconds, params)
 
 

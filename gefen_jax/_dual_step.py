@@ -5,7 +5,7 @@ half. Two bytes per pair hold a code k of 4 bits of each first moment, in the lo
 h of 8 bits of the second moment that the two share, its high bits in the first byte. Per block
 there are an exponent e and a scale s. With c a codebook of 16,
 
-    nu = level(e, h)                  (256 levels, from 2^e at h = 255 down to 2^(e - 16) at h = 0)
+    nu = level(e, h)            (256 levels, from 2^e at h = 255 down to 17 * 2^(e - 20) at h = 0)
     m  = c[k] * s * sqrt(nu)
 
     m  <- m + (1 - b1) * (g - m)

@@ -6,7 +6,7 @@ A fraction decides between two levels. Where it lies within rounding of the poin
 decide otherwise, two programs (of which XLA may contract products and sums in either) may take
 different ones. How near is derived per element, at `_check_step`; with fractions that are as good
 as uniform, at most the sum of twice those distances of all codes are expected to differ, about one
-in 100,000. Comparisons of two programs start from one state, so that such a code has no sequel.
+in 30,000. Comparisons of two programs start from one state, so that such a code has no sequel.
 """
 
 import itertools
@@ -24,9 +24,12 @@ from hypothesis import strategies as st
 import gefen_jax as gx
 from gefen_jax import _backend
 from gefen_jax._builtin import builtin_codebook
+from gefen_jax._candidates import dual_block
+from gefen_jax._constants import DUAL_BLOCK, DUAL_MAX, DUAL_MIN, OUTPUT_LAYER
 from gefen_jax._dither import dither, leaf_phases, positions
-from gefen_jax._dual_step import _nu_level, _round_nu
+from gefen_jax._dual_step import _nu_level, _round_nu, read_dual, write_dual
 from gefen_jax._levels import level, make_levels, on_grid, round_to_level
+from gefen_jax._paths import LeafSpec
 from gefen_jax._transform import _update_leaf
 from gefen_jax._types import Moments
 
@@ -45,13 +48,15 @@ def _even_fractions(n: int) -> np.ndarray:
 
 
 def _levels_of(exponent: int) -> np.ndarray:
-    """From the module's docstring, in float64: powers of two, 1.5 of them in the upper octaves."""
-    powers = [2.0 ** (exponent - 127 - j) for j in range(12)]
-    halfway = [1.5 * power for power in powers[1:5]]
-    levels = np.sort([*powers, *halfway])
-    # Below the normal floats: one half-way to 0, and 0.
-    levels[levels <= FLOAT_MIN / 2] = 0
-    levels[(levels > 0) & (levels < FLOAT_MIN)] = FLOAT_MIN / 2
+    """From the module's docstring, in float64: 256 sixteenths of octaves, the highest a power."""
+    octaves = 2.0 ** (exponent - 127 - np.arange(16, 0, -1))
+    sixteenths = np.outer(octaves, 1 + np.arange(16) / 16).ravel()
+    levels = np.append(sixteenths, 2.0 ** (exponent - 127))[1:]
+    if exponent == 0:
+        return np.zeros(256)  # the exponent of 0
+    # Below the normal floats the steps of the lowest octave go on, down to 0.
+    below = int((levels < FLOAT_MIN).sum())
+    levels[:below] = np.maximum(FLOAT_MIN * (1 - np.arange(below, 0, -1) / 16), 0)
     if exponent == 255:
         levels[-1] = np.inf
     return levels
@@ -61,23 +66,27 @@ def _levels_of(exponent: int) -> np.ndarray:
 def _stored(nu, fraction):
     """Exponent, code and level of every nu of one group, for every fraction."""
     nu = jnp.broadcast_to(nu, (fraction.size, nu.size))
-    exponent, high = _round_nu(nu, jnp.broadcast_to(fraction[:, None], nu.shape), (1,))
-    return exponent[0, 0], high, _nu_level(exponent, high)
+    exponent, code = _round_nu(nu, jnp.broadcast_to(fraction[:, None], nu.shape), (1,))
+    return exponent[0, 0], code, _nu_level(exponent, code)
 
 
-@pytest.mark.parametrize("exponent", [0, 1, 2, 11, 12, 13, 100, 254, 255])
-def test_sixteen_levels_of_nu(exponent):
+@pytest.mark.parametrize("exponent", [0, 1, 2, 15, 16, 17, 18, 100, 254, 255])
+def test_256_levels_of_nu(exponent):
     """As documented for every exponent, increasing where none falls below the floats."""
-    codes = jnp.arange(16, dtype=jnp.uint8)
+    codes = jnp.arange(256, dtype=jnp.uint8)
     found = np.asarray(_nu_level(jnp.uint8(exponent), codes), np.float64)
     np.testing.assert_array_equal(found, _levels_of(exponent))
     positive = found[found > 0]
     assert np.all(np.diff(positive) > 0)
-    assert positive.size == 16 or exponent < 12
+    assert positive.size == 256 or exponent < 16
+    normal = found[(found >= FLOAT_MIN) & np.isfinite(found)]
+    assert np.all(np.diff(normal) <= normal[:-1] / 16) and np.all(
+        np.diff(normal) > normal[:-1] / 32
+    )
 
 
 _ANY_NU = st.floats(0, width=32, allow_nan=False, allow_infinity=True)
-_NEAR = st.tuples(st.floats(0.5, 1, width=32), st.integers(-14, 0)).map(lambda x: math.ldexp(*x))
+_NEAR = st.tuples(st.floats(0.5, 1, width=32), st.integers(-15, 0)).map(lambda x: math.ldexp(*x))
 _GRID = 1 << 8
 
 
@@ -98,7 +107,7 @@ def test_nu_takes_a_level_around_it_and_is_right_on_average(anything, near, fact
         groups = [np.asarray(group, np.float32) for group in groups]
     fractions = np.concatenate([_EXTREMES, _even_fractions(_GRID)])
     for nu in groups:
-        exponent, high, levels = (np.asarray(x, np.float64) for x in _stored(nu, fractions))
+        exponent, codes, levels = (np.asarray(x, np.float64) for x in _stored(nu, fractions))
         largest = nu.max()
         if largest < FLOAT_MIN:
             assert levels.max() <= FLOAT_MIN  # below the floats, as if there were no gradient
@@ -107,7 +116,7 @@ def test_nu_takes_a_level_around_it_and_is_right_on_average(anything, near, fact
         mantissa, power = np.frexp(np.float64(largest))
         assert exponent == (127 + power - (mantissa == 0.5) if np.isfinite(largest) else 255)
         expected = _levels_of(int(exponent))
-        assert np.all((high >= 0) & (high <= 15)) and np.all(expected[-1] >= nu)
+        assert np.array_equal(levels, expected[codes.astype(int)]) and np.all(expected[-1] >= nu)
         lower = np.array([expected[expected <= x].max(initial=expected[0]) for x in nu])
         upper = np.array([expected[expected >= x].min() for x in nu])
         assert np.all((levels == lower) | (levels == upper))
@@ -268,16 +277,87 @@ def test_fractions_over_steps_visit_every_interval(start):
             assert np.ptp(visited - ranks) <= (4 + 3.6 * math.log(n)) / n
 
 
+# Blocks and pairs --------------------------------------------------------------------------------
+
+_REFUSED = {
+    "a shorter last run": ((33, 6), (16, 1), r"\(16, 1\).*must divide the leaf, \(33, 6\)"),
+    "longer than the axis": (
+        (33, 6),
+        (64, 1),
+        r"\(64, 1\) must lie between 1 and the leaf's shape",
+    ),
+    "odd runs": ((6, 67), (3, 1), r"\(3, 1\).*even number of elements along one axis"),
+    "odd boxes": ((4, 5, 9), (1, 5, 9), r"\(1, 5, 9\).*even number of elements along one axis"),
+    "single elements": ((4, 4), (1, 1), r"\(1, 1\).*even number of elements along one axis"),
+}
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_blocks_without_pairs_are_refused(name):
+    """By the kind, and by the plan, which names the leaf."""
+    shape, block, message = _REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        gx.DualCode(block).check(shape)
+    with pytest.raises(ValueError, match="`a/b`.*" + message):
+        gx.LeafPlan("a/b", shape, gx.DualCode(block), "test")
+
+
+def _boxes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """By trying all: runs of one axis, and boxes up to the last axis, of a dual code's sizes."""
+    boxes = set()
+    for axis, size in enumerate(shape):
+        for run in (n for n in range(1, size + 1) if size % n == 0):
+            for rest in {shape[axis + 1 :], (1,) * (len(shape) - axis - 1)}:
+                box = (1,) * axis + (run, *rest)
+                if DUAL_MIN <= math.prod(box) <= DUAL_MAX and any(n % 2 == 0 for n in box):
+                    boxes.add(box)
+    return boxes
+
+
+_SIZES = st.one_of(
+    st.integers(1, 20), st.integers(1, 2048), st.sampled_from([64, 96, 169, 256, 768, 1021, 4096])
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_SIZES, min_size=1, max_size=4).map(tuple))
+def test_every_leaf_that_has_pairs_gets_a_block(shape):
+    """The first axis is cut only in a vector or an output layer, or if nothing else is left."""
+    block, boxes = dual_block(LeafSpec("w", shape, True)), _boxes(shape)
+    if block is None:
+        assert not boxes
+        return
+    gx.DualCode(block).check(shape)
+    assert block in boxes
+    others = {box for box in boxes if box[0] == 1}
+    output = len(shape) == 2 and shape[1] > OUTPUT_LAYER * shape[0]
+    if output and (columns := {box for box in boxes if box[1] == 1}):
+        assert block in columns
+    elif len(shape) > 1 and block[0] > 1:
+        assert not others
+    # Of the same axes, the run that is nearest to the size aimed at.
+    axis = next(i for i, n in enumerate(block) if n > 1)
+    alike = [
+        box for box in boxes if box[:axis] + box[axis + 1 :] == block[:axis] + block[axis + 1 :]
+    ]
+    far = [abs(math.log2(math.prod(box) / DUAL_BLOCK)) for box in (block, *alike)]
+    assert far[0] == min(far)
+
+
 # The step ----------------------------------------------------------------------------------------
 
-# Runs along every axis, boxes, an inner axis that pieces cut with an overlap; a shorter last run,
-# so blocks of one element too.
+# Runs along the last axis, of a number that pieces do not divide, and along the first; boxes whose
+# pairs lie along their last axis, along one before it, and along the cut one; an inner axis that
+# pieces cut with an overlap, and one under boxes.
 LEAVES = {
     "rows": ((5, 256), (1, 256)),
+    "many rows": ((11, 32), (1, 16)),
     "columns": ((256, 5), (256, 1)),
     "heads": ((3, 4, 64), (1, 4, 64)),
-    "inner": ((6, 67), (3, 1)),
-    "ragged": ((33, 6), (16, 1)),
+    "odd heads": ((6, 4, 9), (1, 4, 9)),
+    "odd rows": ((12, 9), (4, 9)),
+    "inner": ((8, 67), (4, 1)),
+    "inner boxes": ((4, 6, 5), (2, 6, 1)),
 }
 
 
@@ -337,15 +417,64 @@ def blocks_of(shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
         yield i, tuple(slice(n * b, (n + 1) * b) for n, b in zip(i, block, strict=True))
 
 
-def _leaf_positions(shape: tuple[int, ...], block: tuple[int, ...]) -> np.ndarray:
-    """Row-major; a leaf whose last run is shorter is two, and each counts from 0."""
-    whole = tuple(d - d % b for d, b in zip(shape, block, strict=True))
-    position = np.zeros(shape, np.uint32)
-    axis = next((i for i, (d, w) in enumerate(zip(shape, whole, strict=True)) if d != w), 0)
-    for part in (slice(0, whole[axis]), slice(whole[axis], None)):
-        at = (slice(None),) * axis + (part,)
-        position[at] = np.arange(position[at].size).reshape(position[at].shape)
-    return position
+def halves_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two elements of every pair of a block: halves of its last even axis."""
+    axis = max(i for i, n in enumerate(x.shape) if n % 2 == 0)
+    first, second = np.split(x, 2, axis)
+    return first, second
+
+
+def joined(first: np.ndarray, second: np.ndarray, block: tuple[int, ...]) -> np.ndarray:
+    """The block of these two elements of every pair."""
+    return np.concatenate([first, second], max(i for i, n in enumerate(block) if n % 2 == 0))
+
+
+def for_both(x: np.ndarray, block: tuple[int, ...]) -> np.ndarray:
+    """What every pair has, as a block in which both of its elements have it."""
+    return joined(x, x, block)
+
+
+def mean_of_pairs(x: np.ndarray) -> np.ndarray:
+    """Of a block, pair by pair."""
+    first, second = halves_of(x)
+    return (first + second) / 2
+
+
+def nu_codes_of(bytes_: np.ndarray) -> np.ndarray:
+    """Of a block, pair by pair: high halves, of the first of a pair the code's higher bits."""
+    first, second = halves_of(bytes_)
+    return (first >> 4) * 16 + (second >> 4)
+
+
+_write = jax.jit(write_dual, static_argnames="block")
+_read = jax.jit(read_dual, static_argnames="block")
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_two_bytes_hold_two_codes_and_a_shared_one(name):
+    """Any codes, as moments that stand for them and that only the mean of a pair's nu does.
+
+    Levels times 3/4 and 5/4 are floats, and so is their mean: nu is exact. A first moment is
+    rounded once and its scale 4 times before it is read, with 3 roundings more.
+    """
+    shape, block = LEAVES[name]
+    rng, levels = np.random.default_rng(0), _levels_of(127)
+    expected, mu, nu = np.zeros(shape, np.uint8), np.zeros(shape), np.zeros(shape)
+    for _, at in blocks_of(shape, block):
+        k = rng.integers(0, 16, block)
+        h = rng.integers(0, 256, halves_of(k)[0].shape)
+        k.flat[0], h.flat[0] = 15, 255  # as a step leaves them: the largest
+        expected[at] = k + 16 * joined(h // 16, h % 16, block)
+        nu[at] = joined(0.75 * levels[h], 1.25 * levels[h], block)
+        mu[at] = BUILTIN.astype(np.float64)[k] * 3 * np.sqrt(for_both(levels[h], block))
+    tables = make_levels(jnp.asarray(BUILTIN))
+    state = _write(jnp.asarray(mu, jnp.float32), jnp.asarray(nu, jnp.float32), block, tables)
+    np.testing.assert_array_equal(state.mu, expected)
+    np.testing.assert_array_equal(state.nu, np.full(state.nu.shape, 127))
+    read_mu, read_nu = _read(state, block, tables)
+    np.testing.assert_allclose(read_mu, mu, rtol=8 * U, atol=0)
+    for _, at in blocks_of(shape, block):
+        np.testing.assert_array_equal(read_nu[at], for_both(mean_of_pairs(nu[at]), block))
 
 
 class _Near(NamedTuple):
@@ -355,9 +484,9 @@ class _Near(NamedTuple):
     expected: float
 
 
-def _check_codes(codes: np.ndarray, place: Any, u: Any, error: Any) -> _Near:
+def _check_codes(codes: np.ndarray, place: Any, u: Any, error: Any, last: int) -> _Near:
     """floor(place + u), where the sum is not within the error of another integer."""
-    low, exact, high = (np.clip(np.floor(place + u + e), 0, 15) for e in (-error, 0, error))
+    low, exact, high = (np.clip(np.floor(place + u + e), 0, last) for e in (-error, 0, error))
     assert np.all((low <= codes) & (codes <= high))
     certain = error < 0.25  # else what a group kept of a difference is rounding itself
     return _Near(int((codes != exact)[certain].sum()), float(2 * error[certain].sum()))
@@ -366,32 +495,33 @@ def _check_codes(codes: np.ndarray, place: Any, u: Any, error: Any) -> _Near:
 def _check_step(g, old: Moments, new: Moments, block, u, s: _Setting) -> list[_Near]:
     """One step of one leaf, block by block, in float64, from the docstring of the module.
 
-    Rounding: nu is the sum of two products with rounded factors, five roundings of at most itself;
-    as a place, divided by the gap above the level below it, and the fraction has 22 bits. m is
-    three products and two sums, ten roundings of the larger of its parts; x another four of itself;
-    its place by the slope, and what rounding to a level adds.
+    Rounding: nu is the sum of two products with rounded factors, one of them of a sum of rounded
+    squares: five roundings of at most itself; as a place, divided by the gap above the level below
+    it, a 16th to a 32nd of it, and the fraction has as many bits as a code drops, 19. m is three
+    products and two sums, ten roundings of the larger of its parts; x another four of itself (the
+    root, its inverse, and two products); its place by the slope, and what rounding to a level adds.
     """
     near, c = [], BUILTIN.astype(np.float64)
     slopes = 1 / np.diff(c)
     for i, at in blocks_of(g.shape, block):
         x = g[at].astype(np.float64)
-        nu = _levels_of(int(old.nu[i]))[old.mu[at] >> 4]
-        m = c[old.mu[at] & 15] * old.scale[i] * np.sqrt(nu)
+        nu = _levels_of(int(old.nu[i]))[nu_codes_of(old.mu[at])]
+        m = c[old.mu[at] & 15] * old.scale[i] * np.sqrt(for_both(nu, block))
         parts = np.maximum(np.abs(m), np.abs(x))
         m = m + (1 - s.b1) * (x - m)
-        nu = s.b2 * nu + (1 - s.b2) * x**2
+        nu = s.b2 * nu + (1 - s.b2) * mean_of_pairs(x**2)
 
         mantissa, power = np.frexp(nu.max())
         assert new.nu[i] == (127 + power - (mantissa == 0.5) if nu.max() else 0)
-        high, levels = new.mu[at] >> 4, _levels_of(int(new.nu[i]))
+        codes, levels = nu_codes_of(new.mu[at]), _levels_of(int(new.nu[i]))
         if nu.max():
             clipped = np.maximum(nu, levels[0])
-            place = np.interp(clipped, levels, np.arange(16))
+            place = np.interp(clipped, levels, np.arange(256))
             gap = np.diff(levels, append=np.inf)[np.floor(place).astype(int)]
-            error = np.where(nu > levels[0], 5 * U * clipped / gap + 2.0**-22, 0)
-            near.append(_check_codes(high, place, u[0][at], error))
+            error = np.where(nu > levels[0], 5 * U * clipped / gap + 2.0**-19, 0)
+            near.append(_check_codes(codes, place, halves_of(u[0][at])[0], error, 255))
 
-        root = np.sqrt(levels[high])
+        root = for_both(np.sqrt(levels[codes]), block)
         divisor = np.where(root == 0, np.inf, root)
         scale = np.abs(m / divisor).max()
         error = (10 * U * parts / divisor).max() + 4 * U * scale
@@ -404,7 +534,7 @@ def _check_step(g, old: Moments, new: Moments, block, u, s: _Setting) -> list[_N
         slope = slopes[np.minimum(np.floor(place).astype(int), 14)]
         error = slope * 14 * U * parts / divisor + _place_error(BUILTIN)
         error = np.where(parts == 0, 0, error)
-        near.append(_check_codes(new.mu[at] & 15, place, u[1][at], error))
+        near.append(_check_codes(new.mu[at] & 15, place, u[1][at], error, 15))
     return near
 
 
@@ -416,7 +546,7 @@ def _check_update(update, g, new: Moments, block, t: int, s: _Setting) -> None:
     """
     bound = U * (24 + 4 / (1 - s.b1) + 2 / (1 - s.b2))
     for i, at in blocks_of(g.shape, block):
-        nu = _levels_of(int(new.nu[i]))[new.mu[at] >> 4]
+        nu = for_both(_levels_of(int(new.nu[i]))[nu_codes_of(new.mu[at])], block)
         m = BUILTIN.astype(np.float64)[new.mu[at] & 15] * new.scale[i] * np.sqrt(nu)
         terms = [m / (1 - s.b1**t)]
         if s.nesterov:
@@ -441,11 +571,11 @@ def test_step_is_what_the_docstring_says(name, monkeypatch):
         updates, new = step(grads, state)
         for leaf, (shape, block) in LEAVES.items():
             old_moments, new_moments = (moments_of(s, leaf) for s in (state, new))
-            u = _uniform(leaf, t, _leaf_positions(shape, block))
+            u = _uniform(leaf, t, np.arange(math.prod(shape)).reshape(shape))
             g = grads[leaf]
             near += _check_step(g, old_moments, new_moments, block, u, setting)
             _check_update(np.asarray(updates[leaf]), g, new_moments, block, t, setting)
         state = new
     differ, expected = (sum(column) for column in zip(*near, strict=True))
-    codes = 2 * _STEPS * sum(math.prod(shape) for shape, _ in LEAVES.values())
+    codes = 1.5 * _STEPS * sum(math.prod(shape) for shape, _ in LEAVES.values())
     assert differ <= expected + 5 * math.sqrt(expected) and expected < 1e-4 * codes

@@ -5,7 +5,8 @@
 - A first moment has the nearest entry of the codebook at its block's scale: a restatement in
   float64 searches all of them. Quotients and products round a handful of times: 8 u of the scale.
 - A second moment of blocks is their mean: a float32 sum of n numbers is off by less than n u.
-- One of a dual code is the nearest of its 16 levels, which are floats: exactly.
+- Two of a dual code, a pair, have the nearest of its 256 levels to their mean, which are floats, as
+  is the mean once rounded: exactly.
 
 To the same plan, exact and blocked moments come back to the bit (the proof is in the docstring of
 `gefen_jax.replan`), and so do the dual code's second ones. Its first ones are c * (s * root), and
@@ -44,7 +45,7 @@ _KINDS = {
     "flat per element": gx.FlatPeriods(1, 256),
     "dual": gx.DualCode((1, 256)),
     "dual columns": gx.DualCode((16, 1)),
-    "dual ragged": gx.DualCode((1, 200)),
+    "dual box": gx.DualCode((2, 512)),
 }
 _LEARNED = "learned"  # a codebook other than the built-in one
 
@@ -193,10 +194,19 @@ def _nearest(x, entries):
 
 
 def _levels_below(largest):
-    """The 16 levels of nu below the power of two above the largest."""
+    """The 256 levels of nu below the power of two above the largest: sixteenths of 16 octaves."""
     top = 2.0 ** np.ceil(np.log2(largest))[..., None]
-    octaves = 2.0 ** -np.arange(12)
-    return top * np.sort(np.concatenate([octaves, 0.75 * octaves[:4]]))
+    octaves = 2.0 ** np.arange(-16, 0)
+    sixteenths = np.outer(octaves, 1 + np.arange(16) / 16).ravel()
+    return top * np.append(sixteenths, 1.0)[1:]
+
+
+def _mean_of_pair(x):
+    """For a block: the mean, in float32, of an element and the one half its last even axis on."""
+    axis = max(i for i, n in enumerate(x.shape) if n % 2 == 0)
+    first, second = np.split(np.float32(x), 2, axis)
+    mean = np.float32(0.5) * (first + second)
+    return np.concatenate([mean, mean], axis)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +221,10 @@ def test_every_moment_is_the_nearest_that_there_is(old, new, codebook):
     state = gx.replan(_trained(old), _params(), _plan(old), plan)
     new_mu, new_nu = _read(state, kind)
     if isinstance(kind, gx.DualCode):
-        levels = _levels_below(_per_block(np.max, nu, kind))
-        assert levels.shape[-1] == 16
-        np.testing.assert_array_equal(np.abs(new_nu - nu), _nearest(nu, levels[..., :]))
+        mean = _per_block(_mean_of_pair, nu, kind)
+        levels = _levels_below(_per_block(np.max, mean, kind))
+        assert levels.shape[-1] == 256
+        np.testing.assert_array_equal(np.abs(new_nu - mean), _nearest(mean, levels))
         entries, unit = np.asarray(builtin_codebook(16)), np.sqrt(new_nu.astype(np.float64))
     else:
         mean = nu if new == "flat per element" else _per_block(np.mean, nu, kind)
@@ -281,7 +292,7 @@ def test_jit(new):
 
 def test_strict_promotion(strict_promotion):
     for old in _KINDS:
-        for new in ("dual ragged", "ragged", old):
+        for new in ("dual box", "ragged", old):
             plans = _plan(old), _plan(new)
             state = jax.eval_shape(gx.scale_by_gefen(plan=plans[0]).init, _params())
             jax.eval_shape(lambda s, plans=plans: gx.replan(s, _params(), *plans), state)
@@ -472,7 +483,7 @@ _UNTRAINED = _DUAL.with_kind("w", gx.Untrained())
 # What is wrong: state, params, plan, new plan; the message.
 _REFUSED = {
     "another kind": (None, None, _ROWS, _DUAL, r"`w` does not fit its plan, SharedBlocks"),
-    "another block": (None, None, _plan("dual ragged"), _DUAL, r"`w` does not fit its plan, Dual"),
+    "another block": (None, None, _plan("dual box"), _DUAL, r"`w` does not fit its plan, Dual"),
     "the plan by shape": ("rows", None, None, _DUAL, r"`w` does not fit its plan, Dual"),
     "another shape in plan": (None, None, gx.plan_by_shape(_WIDER), _DUAL, r"expects `w` of.*1024"),
     "in new plan": (None, None, _DUAL, gx.plan_by_shape(_WIDER), r"expects `w` of.*1024"),

@@ -96,18 +96,35 @@ def _gefen_state(state: Any) -> gx.ScaleByGefenState:
     return found
 
 
-def _assert_same_but_ulps(actual: Any, expected: Any, rtol: float = _ULPS) -> None:
-    """Two results of the same steps by different programs: params, updates or states."""
+def _assert_near_codes(a: np.ndarray, e: np.ndarray, dual: bool) -> None:
+    """Each the same or its neighbour; in a dual code's bytes, those of both moments."""
+    apart = np.abs(a.astype(int) - e.astype(int))
+    if dual:
+        # A code of nu goes on in the other byte of its pair, so its lower half may wrap around.
+        assert np.all(np.abs((a & 15).astype(int) - (e & 15)) <= 1)
+        apart = np.abs((a >> 4).astype(int) - (e >> 4)) % 15
+    assert np.all(apart <= 1)
+
+
+def _assert_same_but_ulps(
+    actual: Any, expected: Any, rtol: float = _ULPS, dual: bool = False
+) -> None:
+    """Two results of the same steps by different programs: params, updates or states.
+
+    Levels of a dual code's nu are a 32nd of it apart: an error of rtol decides for another one in
+    32 rtol of all cases at most, per step and pair of elements.
+    """
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = np.asarray(a), np.asarray(e)
+        flips = (_FLIPS + (32 * rtol * len(_SEQUENCE) if dual else 0.0)) * a.size
         if a.dtype == np.uint8:
             flipped = a != e
-            assert flipped.sum() <= max(1, _FLIPS * a.size)
-            assert np.all(np.abs(a.astype(int) - e.astype(int)) <= 1)
+            assert flipped.sum() <= max(1, flips)
+            _assert_near_codes(a, e, dual)
         else:
             wrong = ~np.isclose(a, e, rtol=rtol, atol=rtol * np.abs(e).max(initial=0))
-            assert wrong.sum() <= _FLIPS * a.size
+            assert wrong.sum() <= flips
             np.testing.assert_allclose(a, e, rtol=rtol, atol=max(_FLIPPED_STEP, rtol))
 
 
@@ -214,11 +231,12 @@ def test_wrapped_gefen_is_gefen(plan, name):
     params, state = _run(wrapped, _params(), _SEQUENCE, update)
     seen = tuple(wrapper.sees(g) for g in wrapper.seen(_SEQUENCE))
     expected_params, expected = _run(make(_LEARNING_RATE), wrapper.sees(_params()), seen)
-    _assert_same_but_ulps(
-        jax.tree.leaves(_gefen_state(state)), jax.tree.leaves(_gefen_state(expected)), wrapper.rtol
-    )
+    states = (jax.tree.leaves(_gefen_state(x)) for x in (state, expected))
+    _assert_same_but_ulps(*states, wrapper.rtol, dual=plan is None)
     if wrapper.params_agree:
-        _assert_same_but_ulps(wrapper.sees(params), expected_params, wrapper.rtol)
+        _assert_same_but_ulps(
+            wrapper.sees(params), expected_params, wrapper.rtol, dual=plan is None
+        )
 
 
 def test_apply_if_finite_leaves_all_bits_of_a_bad_step(planned):
@@ -693,12 +711,14 @@ LEAVES = {
 
 
 @pytest.mark.parametrize("name", LEAVES)
-@pytest.mark.parametrize(("kind", "rtol"), [("dual_code", 0.27), ("shared_blocks", _INJECTED)])
+@pytest.mark.parametrize(("kind", "rtol"), [("dual_code", 0.264), ("shared_blocks", _INJECTED)])
 def test_leaves_of_every_sort(name, kind, rtol):
     # Adam's first step is the sign of the gradient, but that 1 - float32(0.999) in the correction
-    # is off by up to 2^-24 / 1e-3 of itself. In a dual code nu may be at a level 1.5 times as large
-    # or small, and m at the next entry, at 0.737, where 1 / sqrt(1.5) = 0.8165 is wanted: the
-    # sign times something between 0.8165 * 0.737 / 0.8165 = 0.737 and sqrt(1.5) = 1.225.
+    # is off by up to 2^-24 / 1e-3 of itself. In a dual code nu may be at a level a sixteenth above
+    # or below, at most, so m / root lies between sqrt(16 / 17) = 0.970 and sqrt(17 / 16) = 1.031.
+    # Where some pairs of a block took the level above and others that below, the largest is at
+    # least 1, has the scale, and the smaller ones may have the next entry: 0.7373 times the scale.
+    # That is 0.2627 off, and an update in float16 is rounded by 2^-12 of itself.
     leaf = LEAVES[name]
     params = {"leaf": leaf.param}
     tx = gx.scale_by_gefen(plan=gx.plan_by_shape(params, kind=kind))

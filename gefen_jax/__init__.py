@@ -7,6 +7,10 @@ from gefen_jax._calibrate import calibrate as calibrate
 from gefen_jax._dual_code import DualCode as DualCode
 from gefen_jax._exact import Exact as Exact
 from gefen_jax._flat_periods import FlatPeriods as FlatPeriods
+from gefen_jax._from_adam import from_adam as from_adam
+from gefen_jax._from_adam import to_adam as to_adam
+from gefen_jax._fused import FusedGefen as FusedGefen
+from gefen_jax._fused import fused_gefen as fused_gefen
 from gefen_jax._muon import ScaleByGefenMuonState as ScaleByGefenMuonState
 from gefen_jax._muon import gefen_muon as gefen_muon
 from gefen_jax._muon import scale_by_gefen_muon as scale_by_gefen_muon
@@ -17,6 +21,11 @@ from gefen_jax._replan import replan as replan
 from gefen_jax._report import MemoryReport as MemoryReport
 from gefen_jax._report import memory_report as memory_report
 from gefen_jax._shared_blocks import SharedBlocks as SharedBlocks
+from gefen_jax._split_weights import SplitWeightsState as SplitWeightsState
+from gefen_jax._split_weights import merge_weights as merge_weights
+from gefen_jax._split_weights import split_weights as split_weights
+from gefen_jax._split_weights import with_split_weights as with_split_weights
+from gefen_jax._state_sharding import state_sharding as state_sharding
 from gefen_jax._transform import ScaleByGefenState as ScaleByGefenState
 from gefen_jax._transform import scale_by_gefen as scale_by_gefen
 from gefen_jax._untrained import Untrained as Untrained

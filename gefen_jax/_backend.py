@@ -1,5 +1,6 @@
 """The one place that knows which device it is on, and which implementation runs there."""
 
+from collections.abc import Callable
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
@@ -8,18 +9,22 @@ from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
 from gefen_jax._chunks import CHUNK
+from gefen_jax._specs import fitting_spec
 from gefen_jax._step import by_equal_runs
-from gefen_jax._types import Kind, Moments, Step
+from gefen_jax._types import FusedKind, Kind, Moments, Step
 
 BACKENDS = ("xla",)
 
 
 @runtime_checkable
 class Advance(Protocol):
-    """A step of one leaf in equal blocks; with ``chunk``, in pieces of about so many elements."""
+    """A step of one leaf in equal blocks; with ``chunk``, in pieces of about so many elements.
+
+    The state is the moments, or they and the parameter, or any tree of arrays like these.
+    """
 
     def __call__(
-        self, g: Array, state: Moments, block: Shape, step: Step, *, chunk: int | None = None
+        self, g: Array, state: Any, block: Shape, step: Step, /, *, chunk: int | None = None
     ) -> Any: ...
 
 
@@ -31,7 +36,7 @@ def check_backend(backend: str | None) -> None:
         )
 
 
-def in_best_form(advance: Advance, g: Array, state: Moments, block: Shape, step: Step) -> Any:
+def in_best_form(advance: Advance, g: Array, state: Any, block: Shape, step: Step) -> Any:
     """``advance(g, state, block, step)`` in the form that is best on the device at hand.
 
     A large leaf on one CPU is worked through in pieces that fit in the cache. Accelerators fuse
@@ -39,16 +44,16 @@ def in_best_form(advance: Advance, g: Array, state: Moments, block: Shape, step:
     would gather the leaf.
     """
 
-    def one_size(g: Array, state: Moments, block: Shape) -> Any:
+    def one_size(g: Array, state: Any, block: Shape) -> Any:
         # Branches take arrays only: what is static in the step stays outside.
-        def whole(g: Array, state: Moments, *arrays: Any) -> Any:
+        def whole(g: Array, state: Any, *arrays: Any) -> Any:
             return advance(g, state, block, step._replace(**_named(arrays)))
 
-        def in_pieces(g: Array, state: Moments, *arrays: Any) -> Any:
+        def in_pieces(g: Array, state: Any, *arrays: Any) -> Any:
             return advance(g, state, block, step._replace(**_named(arrays)), chunk=CHUNK)
 
         args = (g, state, *(getattr(step, name) for name in _TRACED))
-        if g.size <= CHUNK or _on_a_mesh(g) or _on_a_mesh(state.mu):
+        if g.size <= CHUNK or any(map(_on_a_mesh, jax.tree.leaves((g, state)))):
             return whole(*args)
         return jax.lax.platform_dependent(*args, cpu=in_pieces, default=whole)
 
@@ -56,37 +61,66 @@ def in_best_form(advance: Advance, g: Array, state: Moments, block: Shape, step:
     return by_equal_runs(one_size, g, state, block)
 
 
-_TRACED = ("decay", "encoder", "levels", "phase")  # the fields of a Step that hold arrays
+_TRACED = ("decay", "encoder", "levels", "phase", "rates")  # the fields of a Step that hold arrays
 
 
 def _named(arrays: Any) -> dict[str, Any]:
     return dict(zip(_TRACED, arrays, strict=True))
 
 
-def update_leaf(kind: Kind, g: Array, moments: Moments, arrays: dict[str, Any], static: Any) -> Any:
-    """``kind.update``, on any mesh.
+def update_leaf(
+    kind: Kind,
+    g: Array,
+    moments: Moments,
+    arrays: dict[str, Any],
+    static: Any,
+    p: Array | None = None,
+) -> Any:
+    """The update of a leaf, or with a parameter the new one, and its moments, on any mesh.
 
     On a mesh with Explicit axes, where JAX refuses to split a sharded axis into blocks that cross
     its shards, the compiler chooses the shardings inside. What has the leaf's shape comes out as
-    the gradient lies, statistics as they came in.
+    the gradient or the parameter lies, statistics as they came in.
     """
 
-    def update(g: Array, moments: Moments, arrays: dict[str, Any]) -> Any:
-        return kind.update(g, moments, Step(**arrays, **static))
+    def update(g: Array, moments: Moments, arrays: dict[str, Any], p: Array | None) -> Any:
+        step = Step(**arrays, **static)
+        if p is not None and isinstance(kind, FusedKind):
+            return kind.fused(p, g, moments, step)
+        direction, new = kind.update(g, moments, step)
+        return direction.astype(g.dtype) if p is None else step.moved(p, direction), new
 
-    mesh = jax.typeof(g).sharding.mesh
+    leaf = g if p is None else p
+    mesh = jax.typeof(leaf).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
-        return update(g, moments, arrays)
+        return update(g, moments, arrays, p)
     like = jax.tree.map(
-        lambda x: jax.typeof(g if x.shape == g.shape else x).sharding.spec, (g, moments)
+        lambda x: jax.typeof(leaf if x.shape == leaf.shape else x).sharding.spec, (leaf, moments)
     )
     with jax.sharding.use_abstract_mesh(mesh):
         inside: Any = jax.sharding.auto_axes(update, out_sharding=like)
-        return inside(g, moments, arrays)
+        return inside(g, moments, arrays, p)
+
+
+def laid_out_like(like: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` on any mesh; with Explicit axes, results lie as ``like`` does.
+
+    As far as their shapes allow: statistics have the axes that divide them.
+    """
+    mesh = None if like is None else jax.typeof(like).sharding.mesh
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return function(*args)
+    spec = jax.typeof(like).sharding.spec
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    specs = jax.tree.map(
+        lambda x: fitting_spec(spec, x.shape, mesh), jax.eval_shape(function, *shapes)
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
 
 
 @jax.custom_jvp
-def _refuse_gradient(x: tuple[Array, Moments]) -> tuple[Array, Moments]:
+def _refuse_gradient(x: Any) -> Any:
     """The identity, which nobody may differentiate."""
     return x
 

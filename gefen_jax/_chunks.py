@@ -65,42 +65,96 @@ class Piece(NamedTuple):
             value = jnp.where(self.is_new, value, self.read_stats(x))
         return jax.lax.dynamic_update_slice(x, jnp.squeeze(value, 1), self._stats_start(x))
 
-    def stretches(self, number: int) -> "Piece":
-        """This piece of the leaf seen with its blocks in so many stretches, a row each."""
-        return self._replace(row=self.row * np.uint32(number), rows=self.rows * number)
-
-    def read_halves(self, x: Array) -> tuple[Array, Array]:
-        """The first and the second half of every row."""
-        # Two slices: one, cut in two once more, does not get to the vector units.
-        half = x.shape[1] // 2
-        row, _, *column = self._start(x)
-        size = (self.rows, half, self.columns)[: x.ndim]
-        first, second = (
-            jax.lax.dynamic_slice(x, (row, jnp.uint32(start), *column), size) for start in (0, half)
-        )
-        return first, second
-
-    def positions(self, view: FlatView) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
-        """The row-major positions in the leaf of what `read_halves` reads."""
-        # Added up from one vector per axis: whole arrays of indices, the same at every turn, would
-        # be stored in front of the loop.
-        half = view.period // 2
-        starts, sizes = (self.row, 0, self.column), (self.rows, half, self.columns)
-        strides = (view.period * view.inner, view.inner, 1)
-        shape = sizes[: len(view.shape)]
-        total = jnp.zeros((1,) * len(shape), jnp.uint32)
-        for axis, size in enumerate(shape):
-            index = starts[axis] + jnp.arange(size, dtype=jnp.uint32)
-            others = tuple(i for i in range(len(shape)) if i != axis)
-            total += jnp.expand_dims(index * np.uint32(strides[axis] & 0xFFFFFFFF), others)
-        return total, total + np.uint32(half * view.inner & 0xFFFFFFFF)
-
     def _start(self, x: Array) -> tuple[Any, ...]:
         # Unsigned: a signed index would be tested for being negative at every turn.
         return (self.row, jnp.uint32(0), self.column)[: x.ndim]
 
     def _stats_start(self, x: Array) -> tuple[Any, ...]:
         return (self.row, self.column)[: x.ndim]
+
+
+class Pairs(NamedTuple):
+    """A piece of a leaf whose elements are paired."""
+
+    halves: tuple[Array, Array]  # [blocks, stretches, half, inner]
+    both: Array  # [blocks * stretches, 2, half, inner]
+
+
+class PairedPiece(NamedTuple):
+    """A piece in which every block is a number of stretches, and each of them two halves.
+
+    Leaves lie as ``[blocks * stretches, 2, half, inner]``; statistics are read as ``[blocks, 1, 1,
+    inner]``.
+    """
+
+    piece: Piece
+    number: int
+
+    def read(self, x: Array) -> Pairs:
+        """This piece of the leaf."""
+        rows, columns = self.piece.rows * self.number, self.piece.columns
+
+        def part(start: int, size: int) -> Array:
+            sizes = (rows, size, x.shape[2], columns)[: x.ndim]
+            return jax.lax.dynamic_slice(x, self._start(x, start), sizes)
+
+        # Two slices: one, cut in two once more, does not get to the vector units.
+        first, second = (self.per_block(part(i, 1)) for i in (0, 1))
+        return Pairs((first, second), part(0, 2))
+
+    def per_block(self, x: Array) -> Array:
+        """[blocks * stretches, 1, half, inner] as [blocks, stretches, half, inner]."""
+        return x.reshape(self.piece.rows, self.number, *x.shape[2:])
+
+    def per_stretch(self, x: Array) -> Array:
+        """The reverse."""
+        return x.reshape(self.piece.rows * self.number, 1, *x.shape[2:])
+
+    def joined(self, halves: tuple[Array, Array]) -> Array:
+        """Halves as `Pairs.both`."""
+        # Along an axis that they have: so XLA stores the halves of new codes, and does not compute
+        # them again for each of their uses.
+        both = jnp.concatenate(halves, axis=2)
+        return both.reshape(-1, 2, *halves[0].shape[2:])
+
+    def read_stats(self, x: Array) -> Array:
+        """This piece of statistics."""
+        return jnp.expand_dims(self.piece.read_stats(x), 1)
+
+    def write(self, x: Array, value: Array) -> Array:
+        """The array with both halves of this piece replaced."""
+        if self.piece.is_new is not True:
+            rows, _, *columns = self.piece.is_new.shape
+            is_new = jnp.broadcast_to(self.piece.is_new, (rows, self.number, *columns))
+            is_new = is_new.reshape(-1, 1, 1, *columns)
+            value = jnp.where(is_new, value, self.read(x).both)
+        return jax.lax.dynamic_update_slice(x, value, self._start(x, 0))
+
+    def write_stats(self, x: Array, value: Array) -> Array:
+        """The statistics with this piece replaced."""
+        return self.piece.write_stats(x, jnp.squeeze(value, 1))
+
+    def positions(self, view: FlatView) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+        """The row-major positions in the leaf of the first and the second elements."""
+        # Added up from one vector per axis: whole arrays of indices, the same at every turn, would
+        # be stored in front of the loop.
+        piece, half = self.piece, view.period // self.number // 2
+        axes = (
+            (piece.row, piece.rows, view.period * view.inner),
+            (0, self.number, 2 * half * view.inner),
+            (0, half, view.inner),
+            (piece.column, piece.columns, 1),
+        )[: 1 + len(view.shape)]
+        total = jnp.zeros((1,) * len(axes), jnp.uint32)
+        for axis, (start, size, stride) in enumerate(axes):
+            index = start + jnp.arange(size, dtype=jnp.uint32)
+            others = tuple(i for i in range(len(axes)) if i != axis)
+            total += jnp.expand_dims(index * np.uint32(stride & 0xFFFFFFFF), others)
+        return total, total + np.uint32(half * view.inner & 0xFFFFFFFF)
+
+    def _start(self, x: Array, half: int) -> tuple[Any, ...]:
+        row = self.piece.row * np.uint32(self.number)
+        return (row, jnp.uint32(half), jnp.uint32(0), self.piece.column)[: x.ndim]
 
 
 class _Tiles(NamedTuple):
@@ -150,11 +204,12 @@ def over_pieces(
         row, column = n, jnp.uint32(0)
         if columns.number > 1:
             row, column = jnp.divmod(n, jnp.uint32(columns.number))
-        is_new = rows.is_new(row)
-        if is_new is not True:
-            is_new = is_new[:, *(None,) * (len(view.shape) - 1)]
-        if columns.is_new(column) is not True:
-            is_new &= columns.is_new(column)
+        new_row, new_column = rows.is_new(row), columns.is_new(column)
+        is_new: Any = new_row
+        if new_row is not True:
+            is_new = new_row[:, *(None,) * (len(view.shape) - 1)]
+        if new_column is not True:
+            is_new = jnp.reshape(new_column, (1, 1, -1)) & is_new
         start = rows.start(row), columns.start(column)
         return body(Piece(start[0], rows.step, start[1], columns.step, is_new), carry)
 
@@ -162,3 +217,47 @@ def over_pieces(
     if count == 1:
         return at(jnp.uint32(0), carry)
     return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(count), at, carry)
+
+
+def map_pieces(
+    function: Callable[[Any, Any, Any], Any],
+    constant: Array,
+    carry: Carry,
+    view: FlatView,
+    chunk: int,
+    *,
+    stretches: int | None = None,
+) -> Carry:
+    """The carry, with ``function(piece, constant, carry)`` in place of every piece of its arrays.
+
+    Arrays of the carry, a tree, lie like the leaf, as the constant does, or have a number per
+    block. The function is given what a `Piece` reads of each, or with ``stretches`` a
+    `PairedPiece`, and returns what that writes.
+    """
+    shape = view.shape
+    if stretches is not None:
+        half = view.period // stretches // 2
+        shape = (view.blocks * stretches, 2, half, *view.shape[2:])
+
+    def flat(x: Array) -> Array:
+        return x.reshape(shape if x.size == constant.size else view.stats_shape)
+
+    fixed, arrays = flat(constant), jax.tree.map(flat, carry)
+
+    def body(piece: Piece, arrays: Carry) -> Carry:
+        tied, part = piece.tied(fixed)
+        at, fixed_at = (
+            p if stretches is None else PairedPiece(p, stretches) for p in (piece, tied)
+        )
+
+        def read(x: Array) -> Any:
+            return at.read(x) if x.ndim == len(shape) else at.read_stats(x)
+
+        def write(x: Array, value: Any) -> Array:
+            return at.write(x, value) if x.ndim == len(shape) else at.write_stats(x, value)
+
+        new = function(at, fixed_at.read(part), jax.tree.map(read, arrays))
+        return jax.tree.map(write, arrays, new)
+
+    new = over_pieces(view, body, arrays, chunk)
+    return jax.tree.map(lambda x, old: x.reshape(old.shape), new, carry)

@@ -11,6 +11,7 @@ from gefen_jax._blocks import Shape, check_block, runs_divide, stats_shape
 from gefen_jax._dual_step import (
     advance_dual,
     direction_dual,
+    fused_dual,
     paired_axis,
     read_dual,
     write_dual,
@@ -74,6 +75,10 @@ class DualCode:
         """One step; see `gefen_jax._dual_step` for the equations."""
         new = in_best_form(advance_dual, g, moments, self.block, step)
         return direction_dual(g, new, self.block, step), new
+
+    def fused(self, p: Array, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
+        """One step that takes the parameter along."""
+        return in_best_form(fused_dual, g, (p, moments), self.block, step)
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
         """What the byte of every element stands for."""

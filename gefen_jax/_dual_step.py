@@ -39,7 +39,7 @@ before coding needs an array of updates and gained nothing in validation loss.)
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,6 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from gefen_jax._blocks import (
-    FlatView,
     Shape,
     flat_view,
     read_cut,
@@ -56,7 +55,7 @@ from gefen_jax._blocks import (
     spread,
     stats_shape,
 )
-from gefen_jax._chunks import Piece, over_pieces
+from gefen_jax._chunks import PairedPiece, Pairs, map_pieces
 from gefen_jax._dither import dither, positions
 from gefen_jax._levels import Levels, level, round_to_level
 from gefen_jax._types import Decay, Moments, Step
@@ -137,28 +136,32 @@ def _code(
         round_to_level(levels, x / divisor, fraction) | bits
         for x, fraction, bits in zip((x1, x2), m_fractions, (code & 0xF0, code << 4), strict=True)
     ]
-    return Moments(jnp.concatenate(codes, axis=layout.paired), scale, exponent)
+    return Moments(tuple(codes), scale, exponent)
 
 
-def _next(
-    g: Halves,
-    codes: Halves,
-    stats: tuple[Float[Array, "..."], UInt8[Array, "..."]],
-    position: Halves,
-    layout: _Layout,
-    step: Step,
-) -> Moments:
-    """The state of blocks, a step later; their scales and exponents are ``stats``."""
+def _next(g: Halves, state: Moments, position: Halves, layout: _Layout, step: Step) -> Moments:
+    """The state of blocks, a step later; of either, mu are halves."""
     decay: Decay = step.decay
-    scale, exponent = stats
-    g1, g2 = (x.astype(jnp.float32) for x in g)
-    nu = _nu_level(exponent, _nu_code(*codes))
-    unit = scale * jnp.sqrt(nu)
-    m1, m2 = (level(step.levels, c & 15) * unit for c in codes)
+    g1, g2 = (step.gradient(x) for x in g)
+    (m1, m2), nu = _read_halves(state, step.levels)
     m = m1 + decay.one_minus_b1 * (g1 - m1), m2 + decay.one_minus_b1 * (g2 - m2)
     nu = decay.b2 * nu + decay.one_minus_b2 * (0.5 * (jnp.square(g1) + jnp.square(g2)))
     (nu_fraction, first), (_, second) = (dither(step.phase, p) for p in position)
     return _code(m, nu, (nu_fraction, (first, second)), layout, step.levels)
+
+
+def _read_halves(state: Moments, levels: Levels) -> tuple[Halves, Array]:
+    """The first moments of pairs and their second one; the state's mu are halves."""
+    nu = _nu_level(state.nu, _nu_code(*state.mu))
+    unit = state.scale * jnp.sqrt(nu)
+    m1, m2 = (level(levels, c & 15) * unit for c in state.mu)
+    return (m1, m2), nu
+
+
+def _joined(state: Moments, like: Moments, layout: _Layout) -> Moments:
+    """The state in the shapes that a leaf's has; its mu are halves."""
+    state = state._replace(mu=jnp.concatenate(state.mu, axis=layout.paired))
+    return Moments(*(x.reshape(old.shape) for x, old in zip(state, like, strict=True)))
 
 
 def _blocked(shape: Shape, block: Shape) -> _Layout:
@@ -186,55 +189,65 @@ def advance_dual(
     if chunk is None:
         layout = _blocked(g.shape, block)
         blocked, _ = split(g, block)
-        halves = [
+        parts = (
             _halves(x.reshape(blocked.shape), layout.paired)
             for x in (g, state.mu, positions(g.shape))
-        ]
-        scale, exponent = (split_stats(x, g.shape, block) for x in (state.scale, state.nu))
-        new = _next(halves[0], halves[1], (scale, exponent), halves[2], layout, step)
-    else:
-        view = flat_view(g.shape, block)
-        # Stretches of a block of which each is halved for itself.
-        number = math.prod(block[: paired_axis(block)])
-        layout = _Layout((1, 2), 2)
-        lines = FlatView(view.blocks * number, view.period // number, view.inner)
-        flat_g = g.reshape(lines.shape)
-
-        def body(piece: Piece, carry: Moments) -> Moments:
-            def per_block(x: Array) -> Array:
-                return x.reshape(piece.rows, -1, lines.period // 2, *x.shape[2:])
-
-            at = piece.stretches(number)
-            tied, constant = at.tied(flat_g)
-            halves = [
-                jax.tree.map(per_block, x)
-                for x in (
-                    tied.read_halves(constant),
-                    at.read_halves(carry.mu.reshape(lines.shape)),
-                    at.positions(lines),
-                )
-            ]
-            stats = tuple(jnp.expand_dims(piece.read_stats(x), 1) for x in (carry.scale, carry.nu))
-            new = _next(halves[0], halves[1], stats, halves[2], layout, step)
-            return Moments(
-                piece.write(carry.mu, new.mu.reshape(piece.rows, view.period, *new.mu.shape[3:])),
-                piece.write_stats(carry.scale, jnp.squeeze(new.scale, 1)),
-                piece.write_stats(carry.nu, jnp.squeeze(new.nu, 1)),
-            )
-
-        carry = Moments(
-            state.mu.reshape(view.shape),
-            state.scale.reshape(view.stats_shape),
-            state.nu.reshape(view.stats_shape),
         )
-        new = over_pieces(view, body, carry, chunk)
-    return Moments(*(x.reshape(old.shape) for x, old in zip(new, state, strict=True)))
+        g_halves, mu, position = parts
+        scale, exponent = (split_stats(x, g.shape, block) for x in (state.scale, state.nu))
+        new = _next(g_halves, Moments(mu, scale, exponent), position, layout, step)
+        return _joined(new, state, layout)
+    view = flat_view(g.shape, block)
+
+    def in_piece(piece: PairedPiece, g: Pairs, state: Moments) -> Moments:
+        state = state._replace(mu=state.mu.halves)
+        new = _next(g.halves, state, piece.positions(view), _PIECE, step)
+        return new._replace(mu=piece.joined(new.mu))
+
+    return map_pieces(in_piece, g, state, view, chunk, stretches=_stretches(block))
 
 
-def read_dual(
-    state: Moments, block: Shape, levels: Levels
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """The moments of every element."""
+def fused_dual(
+    g: Float[Array, "*shape"],
+    both: tuple[Float[Array, "*shape"], Moments],
+    block: Shape,
+    step: Step,
+    *,
+    chunk: int | None = None,
+) -> tuple[Float[Array, "*shape"], Moments]:
+    """`advance_dual` and `direction_dual` with the parameter: ``both`` are it and the state."""
+    p, state = both
+    if chunk is None:
+        new = advance_dual(g, state, block, step)
+        return step.moved(p, direction_dual(g, new, block, step)), new
+    view = flat_view(g.shape, block)
+
+    def in_piece(piece: PairedPiece, g: Pairs, both: tuple[Pairs, Moments]) -> Any:
+        p, state = both
+        new = _next(
+            g.halves, state._replace(mu=state.mu.halves), piece.positions(view), _PIECE, step
+        )
+        # What a pair shares is computed once for both.
+        nu = _nu_level(new.nu, _nu_code(*new.mu))
+        scale = jnp.broadcast_to(new.scale, (*nu.shape[:2], *new.scale.shape[2:]))
+        shared = piece.per_stretch(scale), piece.per_stretch(nu)
+        codes = piece.joined(new.mu)
+        update = _direction(g.both, codes, *shared, step)
+        return step.moved(p.both, update), new._replace(mu=codes)
+
+    return map_pieces(in_piece, g, both, view, chunk, stretches=_stretches(block))
+
+
+# A piece has blocks, stretches of each that are halved for themselves, and their elements.
+_PIECE = _Layout((1, 2), 2)
+
+
+def _stretches(block: Shape) -> int:
+    return math.prod(block[: paired_axis(block)])
+
+
+def _stats_of_elements(state: Moments, block: Shape) -> tuple[Array, Array]:
+    """The scale and the second moment of every element."""
     shape = state.mu.shape
     blocked, _ = split(state.mu, block)
     axis = _blocked(shape, block).paired
@@ -244,7 +257,14 @@ def read_dual(
     pairs = blocked.reshape(*blocked.shape[:axis], 2, half, *blocked.shape[axis + 1 :])
     code = jnp.broadcast_to(_nu_code(*_halves(pairs, axis)), pairs.shape).reshape(shape)
     scale, exponent = (spread(x, shape, block) for x in (state.scale, state.nu))
-    nu = _nu_level(exponent, code)
+    return scale, _nu_level(exponent, code)
+
+
+def read_dual(
+    state: Moments, block: Shape, levels: Levels
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """The moments of every element."""
+    scale, nu = _stats_of_elements(state, block)
     return level(levels, state.mu & 15) * (scale * jnp.sqrt(nu)), nu
 
 
@@ -260,23 +280,35 @@ def write_dual(
     m, (nu1, nu2) = (_halves(split(x, block)[0], layout.paired) for x in (mu, nu))
     half = jnp.full(nu1.shape, _NEAREST)
     new = _code(m, 0.5 * (nu1 + nu2), (half, (half, half)), layout, levels)
-    stats = stats_shape(mu.shape, block)
-    return Moments(new.mu.reshape(mu.shape), new.scale.reshape(stats), new.nu.reshape(stats))
+    stats = jnp.zeros(stats_shape(mu.shape, block))
+    return _joined(new, Moments(mu, stats, stats), layout)
 
 
 def direction_dual(
     g: Float[Array, "*shape"], state: Moments, block: Shape, step: Step
 ) -> Float[Array, "*shape"]:
-    """The update's direction from the state that `advance_dual` wrote, in the gradient's dtype."""
+    """The update's direction from the state that `advance_dual` wrote."""
+    return _direction(g, state.mu, *_stats_of_elements(state, block), step)
+
+
+def _direction(
+    g: Float[Array, "..."],
+    codes: UInt8[Array, "..."],
+    scale: Float[Array, "..."],
+    nu: Float[Array, "..."],
+    step: Step,
+) -> Float[Array, "..."]:
+    """Elementwise; ``scale`` and ``nu`` may be those of pairs."""
     decay: Decay = step.decay
-    m, nu = read_dual(state, block, step.levels)
-    if step.nesterov:
-        now = g.astype(jnp.float32) / decay.correction1
-        m_hat = decay.b1 * (m / decay.next_correction1) + decay.one_minus_b1 * now
-    else:
-        m_hat = m / decay.correction1
-    root = jnp.sqrt(nu / decay.correction2 + decay.eps_root) + decay.eps
-    # A square that overflowed does not freeze its element for ever, as in AdamW: its m has the code
-    # of 0, and 0 * sqrt(inf) is NaN, which nobody overlooks.
+    c, unit = level(step.levels, codes & 15), jnp.sqrt(nu)
+    root = jnp.sqrt(nu * (1 / decay.correction2) + decay.eps_root) + decay.eps
     # An element that never saw a gradient stays where it is, with eps = 0 too.
-    return (m_hat / jnp.where(root == 0, jnp.inf, root)).astype(g.dtype)
+    root = jnp.where(root == 0, jnp.inf, root)
+    # A square that overflowed does not freeze its element for ever, as in AdamW: inf / inf is NaN,
+    # which nobody overlooks.
+    if not step.nesterov:
+        # One factor per pair: the elementwise part is a lookup and a product.
+        return c * (scale / decay.correction1 * unit / root)
+    now = step.gradient(g) / decay.correction1
+    m_hat = decay.b1 * (c * (scale * unit) / decay.next_correction1) + decay.one_minus_b1 * now
+    return m_hat / root

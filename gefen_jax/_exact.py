@@ -36,7 +36,7 @@ class Exact:
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """Adam's step (Kingma and Ba, arXiv 1412.6980; Dozat 2016 for nesterov)."""
         decay = step.decay
-        g32 = g.astype(jnp.float32)
+        g32 = step.gradient(g)
         mu = decay.one_minus_b1 * g32 + decay.b1 * moments.mu
         nu = decay.one_minus_b2 * (g32 * g32) + decay.b2 * moments.nu
         if step.nesterov:
@@ -46,7 +46,7 @@ class Exact:
         else:
             m_hat = mu / decay.correction1
         update = m_hat / (jnp.sqrt(nu / decay.correction2 + decay.eps_root) + decay.eps)
-        return update.astype(g.dtype), Moments(mu, None, nu)
+        return update, Moments(mu, None, nu)
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
         """The moments as they are."""

@@ -56,7 +56,7 @@ class FlatPeriods:
         """One step on the flattened leaf; see `gefen_jax._step` for the equations."""
         flat, block = g.reshape(-1), (self.group,)
         new = in_best_form(advance, flat, moments._replace(mu=moments.mu.reshape(-1)), block, step)
-        update = direction(flat, new, block, step.encoder, step.decay, nesterov=step.nesterov)
+        update = direction(flat, new, block, step)
         return update.reshape(g.shape), new._replace(mu=new.mu.reshape(g.shape))
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:

@@ -12,9 +12,10 @@ where it is 0, and but for rounding everywhere.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8, UInt32
+from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
 from gefen_jax._encoder import take
 
@@ -48,15 +49,23 @@ def round_to_level(
     levels: Levels, x: Float[Array, "*shape"], fraction: UInt32[Array, "*shape"]
 ) -> UInt8[Array, "*shape"]:
     """A code of each x in [-1, 1]; ``fraction`` in units of 2^-32 decides between two."""
-    # 16-bit integers, clamped as integers: see `gefen_jax._encoder`.
-    bins = jnp.minimum(((x + 1) * _HALF).astype(jnp.uint16), _BINS - 1)
+    # Bins and codes are read off the bits of floats: conversions are slow where vectors have to
+    # saturate them, as XLA defines them to. In [2, 4), the upper 11 bits of the mantissa are bins.
+    bins = (_bits(x + 3) >> 12) - (0x40000000 >> 12)
+    bins = jnp.clip(bins, 0, _BINS - 1)  # a NaN too
     place = take(levels.offset, bins) + take(levels.slope, bins) * x
     # 20 bits: the sum of a place below 16 and 1 - 2^-20 is a float32, so no entry rounds up. As
     # signed integers: vector units convert those.
     u = (fraction >> 12).astype(jnp.int32).astype(jnp.float32) * 2.0**-20
-    return jnp.clip(jnp.floor(place + u), 0, levels.codebook.size - 1).astype(jnp.uint8)
+    # From 2^23 on, floats are consecutive integers, and so are their bits.
+    code = _bits(jnp.floor(place + u) + 2.0**23) - 0x4B000000
+    return jnp.clip(code, 0, levels.codebook.size - 1).astype(jnp.uint8)
+
+
+def _bits(x: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
 def level(levels: Levels, codes: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Entries of the codebook, float32 in [-1, 1]."""
-    return take(levels.codebook, codes)
+    return take(levels.codebook, codes.astype(jnp.int32))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gefen_jax._backend import laid_out_like
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._constants import LEVELS
 from gefen_jax._encoder import make_encoder
@@ -29,8 +30,12 @@ from gefen_jax._untrained import Untrained
 @functools.partial(jax.jit, static_argnames=("kind", "new_kind", "exact_lookup"))
 def _recode_leaf(moments, tables, new_tables, *, kind, new_kind, exact_lookup):
     """Jitted so that leaves of equal shape are compiled once, and no leaf is decoded in memory."""
-    mu, nu = kind.read(moments, Codebooks(**tables, exact_lookup=exact_lookup))
-    return new_kind.write(mu, nu, Codebooks(**new_tables, exact_lookup=exact_lookup))
+
+    def recode(moments, tables, new_tables):
+        mu, nu = kind.read(moments, Codebooks(**tables, exact_lookup=exact_lookup))
+        return new_kind.write(mu, nu, Codebooks(**new_tables, exact_lookup=exact_lookup))
+
+    return laid_out_like(moments.mu, recode, moments, tables, new_tables)
 
 
 def replan(
@@ -108,10 +113,7 @@ def replan(
     """
     check_plan("plan", plan)
     check_plan("new_plan", new_plan)
-    known = {spec.path: spec for spec in param_specs(params)}
-    # Under `optax.flatten` a state sees all parameters as one vector, a tree that is one leaf.
-    total = sum(spec.size for spec in known.values())
-    known.setdefault(".", LeafSpec(".", (total,), True))
+    known = known_leaves(params)
     nodes, treedef = jax.tree.flatten(opt_state, is_leaf=_is_gefen)
     if not any(map(_is_gefen, nodes)):
         raise ValueError(
@@ -138,13 +140,13 @@ def _replan(
     specs, moments = state_leaves(state, [path for path, _ in flat], treedef)
     kinds, new_kinds = kinds_of(specs, plan), kinds_of(specs, new_plan)
     for spec, old in zip(specs, moments, strict=True):
-        _check_known(spec, known)
+        check_known(spec, known)
         check_state(spec, kinds[spec.path], old)
         _check_kept(spec, new_kinds[spec.path])
     codebook, exact_lookup = codebook_of(new_plan)
     codebook, codebook4 = jnp.array(codebook), jnp.array(builtin_codebook(LEVELS))
-    tables = _tables(state.codebook, state.codebook4)
-    new_tables = _tables(codebook, codebook4)
+    tables = tables_of(state.codebook, state.codebook4)
+    new_tables = tables_of(codebook, codebook4)
     new_moments: list[Moments] = [
         _recode_leaf(
             old,
@@ -160,11 +162,22 @@ def _replan(
 
 
 @jax.jit
-def _tables(codebook, codebook4):
+def tables_of(codebook, codebook4):
+    """What codes are read and written with, by the fields of `Codebooks`."""
     return {"encoder": make_encoder(codebook), "levels": make_levels(codebook4)}
 
 
-def _check_known(spec: LeafSpec, known: dict[str, LeafSpec]) -> None:
+def known_leaves(params: optax.Params) -> dict[str, LeafSpec]:
+    """The leaves of which a state may hold moments, by path."""
+    known = {spec.path: spec for spec in param_specs(params)}
+    # Under `optax.flatten` a state sees all parameters as one vector, a tree that is one leaf.
+    total = sum(spec.size for spec in known.values())
+    known.setdefault(".", LeafSpec(".", (total,), True))
+    return known
+
+
+def check_known(spec: LeafSpec, known: dict[str, LeafSpec]) -> None:
+    """The parameters must have this leaf of the state, with its shape."""
     param = known.get(spec.path)
     if not spec.trained or (param is not None and param.shape == spec.shape):
         return

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 
 from gefen_jax._muon import ScaleByGefenMuonState
 from gefen_jax._paths import path_name
+from gefen_jax._split_weights import SplitWeightsState
 from gefen_jax._transform import ScaleByGefenState
 from gefen_jax._types import Moments
 
-_STATES = (ScaleByGefenState, ScaleByGefenMuonState)
+_STATES = (ScaleByGefenState, ScaleByGefenMuonState, SplitWeightsState)
+_SLOTS = (*Moments._fields, "correction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,9 @@ class MemoryReport:
 
     Attributes:
       total_bytes: All of it, other transformations of a chain included.
-      by_field: Bytes of every field of the Gefen states, and of all else as "other".
-      by_tensor: Bytes of mu, scale and nu of every parameter, by its path.
+      by_field: Bytes of every field of the Gefen states, of the corrections of split weights, and
+        of all else as "other".
+      by_tensor: Bytes of mu, scale, nu and correction of every parameter, by its path.
     """
 
     total_bytes: int
@@ -54,11 +57,12 @@ def memory_report(opt_state: Any) -> MemoryReport:
       mu 1048576
       scale 16384
       nu 4096
+      correction 0
       other 0
       >>> gx.memory_report(gx.gefen_muon(1e-3, bits=4).init(params)).by_tensor
       {'w': 589824}
     """
-    by_field = dict.fromkeys((*ScaleByGefenState._fields, "other"), 0)
+    by_field = dict.fromkeys((*ScaleByGefenState._fields, "correction", "other"), 0)
     by_tensor: dict[str, int] = defaultdict(int)
 
     def visit(node: Any) -> None:
@@ -66,12 +70,18 @@ def memory_report(opt_state: Any) -> MemoryReport:
             by_field["other"] += _nbytes(node)
             return
         for field in node._fields:
-            by_field[field] += _nbytes(getattr(node, field))
-        for slot in Moments._fields:
+            if field != "inner":
+                by_field[field] += _nbytes(getattr(node, field))
+        for slot in _SLOTS:
             for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(node, slot, None))[0]:
                 by_tensor[path_name(path)] += _nbytes(leaf)
+        if isinstance(node, SplitWeightsState):
+            walk(node.inner)
 
-    jax.tree.map(visit, opt_state, is_leaf=lambda x: isinstance(x, _STATES))
+    def walk(tree: Any) -> None:
+        jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, _STATES))
+
+    walk(opt_state)
     return MemoryReport(sum(by_field.values()), by_field, dict(by_tensor))
 
 

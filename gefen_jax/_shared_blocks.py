@@ -51,7 +51,7 @@ class SharedBlocks:
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """One step; see `gefen_jax._step` for the equations."""
         new = in_best_form(advance, g, moments, self.block, step)
-        update = direction(g, new, self.block, step.encoder, step.decay, nesterov=step.nesterov)
+        update = direction(g, new, self.block, step)
         return update, new
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:

@@ -37,7 +37,7 @@ from gefen_jax._blocks import (
     stats_shape,
     times_stats,
 )
-from gefen_jax._chunks import Piece, over_pieces
+from gefen_jax._chunks import Piece, map_pieces
 from gefen_jax._encoder import Encoder, decode, encode
 from gefen_jax._types import Codebooks, Decay, Moments, Step
 
@@ -46,7 +46,7 @@ def _next_nu(
     g: Float[Array, "..."], nu: Float[Array, "..."], inside: tuple[int, ...], decay: Decay
 ) -> Float[Array, "..."]:
     """The second moment of blocks that are the axes ``inside``, or of every element."""
-    square = jnp.square(g.astype(jnp.float32))
+    square = jnp.square(g)
     if nu.shape != square.shape:
         square = jnp.mean(square, axis=inside, keepdims=True)
     return decay.b2 * nu + decay.one_minus_b2 * square
@@ -61,19 +61,14 @@ def _code_mu(
     return encode(encoder, x, exact_lookup=exact_lookup), scale
 
 
-def _next_mu(
-    g: Float[Array, "..."],
-    codes: UInt8[Array, "..."],
-    scale: Float[Array, "..."],
-    inside: tuple[int, ...],
-    encoder: Encoder,
-    decay: Decay,
-    exact_lookup: bool,
-) -> tuple[UInt8[Array, "..."], Float[Array, "..."]]:
-    """The first moment's codes and scales, of blocks that are the axes ``inside``."""
-    m = decode(encoder, codes) * scale
-    m = m + decay.one_minus_b1 * (g.astype(jnp.float32) - m)
-    return _code_mu(m, inside, encoder, exact_lookup)
+def _next(g: Float[Array, "..."], state: Moments, inside: tuple[int, ...], step: Step) -> Moments:
+    """The state of blocks that are the axes ``inside``, a step later."""
+    decay: Decay = step.decay
+    g = step.gradient(g)
+    m = decode(step.encoder, state.mu) * state.scale
+    m = m + decay.one_minus_b1 * (g - m)
+    codes, scale = _code_mu(m, inside, step.encoder, step.exact_lookup)
+    return Moments(codes, scale, _next_nu(g, state.nu, inside, decay))
 
 
 def advance(
@@ -89,44 +84,21 @@ def advance(
     With ``chunk``, the leaf is worked through in pieces of about so many elements, in place: the
     same result, with temporaries of one piece.
     """
-    per_element = state.nu.shape == g.shape
-    encoder, decay, exact_lookup = step.encoder, step.decay, step.exact_lookup
     if chunk is None:
         blocked, inside = split(g, block)
-        codes, scale, nu = state.mu.reshape(blocked.shape), state.scale, state.nu
-        scale = split_stats(scale, g.shape, block)
-        nu = nu.reshape(blocked.shape) if per_element else split_stats(nu, g.shape, block)
-        codes, scale = _next_mu(blocked, codes, scale, inside, encoder, decay, exact_lookup)
-        nu = _next_nu(blocked, nu, inside, decay)
-    else:
-        view = flat_view(g.shape, block)
-        flat_g = g.reshape(view.shape)
 
-        read_nu, write_nu = Piece.read_stats, Piece.write_stats
-        if per_element:
-            read_nu, write_nu = Piece.read, Piece.write
-
-        def body(piece: Piece, carry: Moments) -> Moments:
-            at, constant = piece.tied(flat_g)
-            part = at.read(constant)
-            mu, scale = piece.read(carry.mu), piece.read_stats(carry.scale)
-            mu, scale = _next_mu(part, mu, scale, (1,), encoder, decay, exact_lookup)
-            nu = _next_nu(part, read_nu(piece, carry.nu), (1,), decay)
-            return Moments(
-                piece.write(carry.mu, mu),
-                piece.write_stats(carry.scale, scale),
-                write_nu(piece, carry.nu, nu),
+        def seen(x: Array) -> Array:
+            return (
+                x.reshape(blocked.shape) if x.shape == g.shape else split_stats(x, g.shape, block)
             )
 
-        carry = Moments(
-            state.mu.reshape(view.shape),
-            state.scale.reshape(view.stats_shape),
-            state.nu.reshape(view.shape if per_element else view.stats_shape),
-        )
-        codes, scale, nu = over_pieces(view, body, carry, chunk)
-    return Moments(
-        codes.reshape(g.shape), scale.reshape(state.scale.shape), nu.reshape(state.nu.shape)
-    )
+        new = _next(blocked, Moments(*map(seen, state)), inside, step)
+        return Moments(*(x.reshape(old.shape) for x, old in zip(new, state, strict=True)))
+
+    def in_piece(piece: Piece, g: Array, state: Moments) -> Moments:
+        return _next(g, state, (1,), step)
+
+    return map_pieces(in_piece, g, state, flat_view(g.shape, block), chunk)
 
 
 def by_equal_runs(
@@ -159,15 +131,10 @@ def by_equal_runs(
 
 
 def direction(
-    g: Float[Array, "*shape"],
-    state: Moments,
-    block: Shape,
-    encoder: Encoder,
-    decay: Decay,
-    *,
-    nesterov: bool,
+    g: Float[Array, "*shape"], state: Moments, block: Shape, step: Step
 ) -> Float[Array, "*shape"]:
-    """The update's direction from the state that `advance` wrote, in the gradient's dtype."""
+    """The update's direction from the state that `advance` wrote."""
+    decay: Decay = step.decay
     root = jnp.sqrt(state.nu / decay.correction2 + decay.eps_root) + decay.eps
     # A square that overflowed would freeze its block for ever (x / inf = 0, as in AdamW): inf * 0
     # makes its updates NaN instead, which nobody overlooks.
@@ -175,19 +142,18 @@ def direction(
     # A block that never saw a gradient stays where it is, with eps = 0 too.
     root = jnp.where(root == 0, jnp.inf, root)
     per_element = root.shape == g.shape
-    c = decode(encoder, state.mu)
-    if not nesterov and not per_element:
+    c = decode(step.encoder, state.mu)
+    if not step.nesterov and not per_element:
         # One factor per block: the elementwise part is a lookup and a product.
         factor = state.scale / decay.correction1 / root
-        return times_stats(c, factor, block).astype(g.dtype)
+        return times_stats(c, factor, block)
     m_hat = times_stats(c, state.scale, block)
-    if nesterov:
-        now = g.astype(jnp.float32) / decay.correction1
+    if step.nesterov:
+        now = step.gradient(g) / decay.correction1
         m_hat = decay.b1 * (m_hat / decay.next_correction1) + decay.one_minus_b1 * now
     else:
         m_hat = m_hat / decay.correction1
-    update = m_hat / root if per_element else times_stats(m_hat, 1 / root, block)
-    return update.astype(g.dtype)
+    return m_hat / root if per_element else times_stats(m_hat, 1 / root, block)
 
 
 def read_moments(

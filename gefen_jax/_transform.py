@@ -22,7 +22,7 @@ from gefen_jax._encoder import lookup_is_exact, make_encoder
 from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
 from gefen_jax._plan import Plan
-from gefen_jax._types import Decay, Kind, Moments
+from gefen_jax._types import Decay, Kind, Moments, Rates
 
 
 class ScaleByGefenState(NamedTuple):
@@ -62,9 +62,22 @@ def _decay(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "nesterov", "exact_lookup", "backend"))
-def _update_leaf(g, moments, arrays, *, kind, **static):
+def _update_leaf(g, moments, arrays, p=None, *, kind, **static):
     """One leaf. Jitted so that leaves of equal shape are traced and lowered once."""
-    return update_leaf(kind, g, moments, arrays, static)
+    return update_leaf(kind, g, moments, arrays, static, p)
+
+
+class Recipe(NamedTuple):
+    """The arguments of `scale_by_gefen`, checked."""
+
+    b1: ArrayLike
+    b2: ArrayLike
+    eps: ArrayLike
+    eps_root: ArrayLike
+    nesterov: bool
+    plan: Plan | None
+    exact_lookup: bool
+    backend: str | None
 
 
 def _describe_state(state: Any) -> str:
@@ -204,6 +217,7 @@ def scale_by_gefen(
     check_backend(backend)
     check_plan("plan", plan)
     codebook, exact_lookup = codebook_of(plan)
+    recipe = Recipe(b1, b2, eps, eps_root, nesterov, plan, exact_lookup, backend)
 
     def init_fn(params: optax.Params) -> ScaleByGefenState:
         flat, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -224,40 +238,50 @@ def scale_by_gefen(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByGefenState]:
         del params, extra_args
-        flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
-        specs, moments = state_leaves(state, [path for path, _ in flat], treedef)
-        kinds = kinds_of(specs, plan)
-        for spec, old in zip(specs, moments, strict=True):
-            check_state(spec, kinds[spec.path], old)
-        count = optax.safe_increment(state.count)
-        arrays = {
-            "decay": _decay(b1, b2, eps, eps_root, count),
-            "encoder": make_encoder(state.codebook),
-            "levels": make_levels(state.codebook4),
-        }
-        phases = leaf_phases([spec.path for spec in specs], jnp.asarray(count))
-        new_updates, new_moments = [], []
-        for i, ((_, g), spec, old) in enumerate(zip(flat, specs, moments, strict=True)):
-            update, new = g, old
-            if g is not None and spec.trained:
-                _check_gradient(spec, g)
-                update, new = _update_leaf(
-                    g,
-                    old,
-                    arrays | {"phase": phases[i]},
-                    kind=kinds[spec.path],
-                    nesterov=nesterov,
-                    exact_lookup=exact_lookup,
-                    backend=backend,
-                )
-            new_updates.append(update)
-            new_moments.append(new)
-        new_state = ScaleByGefenState(
-            jnp.asarray(count), state.codebook, state.codebook4, **by_slot(treedef, new_moments)
-        )
-        return treedef.unflatten(new_updates), new_state
+        return step_leaves(recipe, updates, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def step_leaves(
+    recipe: Recipe,
+    grads: optax.Updates,
+    state: Any,
+    params: optax.Params | None = None,
+    rates: Sequence[Rates] | None = None,
+) -> tuple[Any, ScaleByGefenState]:
+    """One step of all leaves: the updates, or with the rates of every leaf the new parameters."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None)
+    specs, moments = state_leaves(state, [path for path, _ in flat], treedef)
+    leaves = [None] * len(flat) if rates is None else treedef.flatten_up_to(params)
+    kinds = kinds_of(specs, recipe.plan)
+    for spec, old in zip(specs, moments, strict=True):
+        check_state(spec, kinds[spec.path], old)
+    count = optax.safe_increment(state.count)
+    arrays: dict[str, Any] = {
+        "decay": _decay(recipe.b1, recipe.b2, recipe.eps, recipe.eps_root, count),
+        "encoder": make_encoder(state.codebook),
+        "levels": make_levels(state.codebook4),
+    }
+    static = {name: getattr(recipe, name) for name in ("nesterov", "exact_lookup", "backend")}
+    phases = leaf_phases([spec.path for spec in specs], jnp.asarray(count))
+    results, new_moments = [], []
+    for i, ((_, g), p, spec, old) in enumerate(zip(flat, leaves, specs, moments, strict=True)):
+        result, new = g if rates is None else p, old
+        if g is not None and spec.trained:
+            _check_gradient(spec, g)
+            own: dict[str, Any] = {"phase": phases[i]}
+            if rates is not None:
+                _check_parameter(spec, p)
+                own["rates"] = rates[i]
+            kind = kinds[spec.path]
+            result, new = _update_leaf(g, old, arrays | own, p, kind=kind, **static)
+        results.append(result)
+        new_moments.append(new)
+    new_state = ScaleByGefenState(
+        jnp.asarray(count), state.codebook, state.codebook4, **by_slot(treedef, new_moments)
+    )
+    return treedef.unflatten(results), new_state
 
 
 def by_slot(treedef: Any, moments: list[Moments]) -> dict[str, Any]:
@@ -273,4 +297,12 @@ def _check_gradient(spec: LeafSpec, g: Any) -> None:
         raise ValueError(
             f"`updates[{spec.path}]` must be a real floating array of shape {spec.shape}, as at"
             f" `init`; found {_describe_state(g)}"
+        )
+
+
+def _check_parameter(spec: LeafSpec, p: Any) -> None:
+    if jnp.shape(p) != spec.shape or not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+        raise ValueError(
+            f"`params[{spec.path}]` must be a real floating array of shape {spec.shape}, as at"
+            f" `init`; found {_describe_state(p)}"
         )

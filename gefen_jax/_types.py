@@ -2,7 +2,8 @@
 
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, UInt32
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt32
 
 from gefen_jax._blocks import Shape
 from gefen_jax._encoder import Encoder
@@ -36,6 +37,22 @@ class Moments(NamedTuple):
     nu: Any  # float32, or exponents uint8
 
 
+class Clip(NamedTuple):
+    """What clipping by the global norm does to every gradient."""
+
+    norm: Float[Array, ""]
+    max_norm: Float[Array, ""]
+    idle: Bool[Array, ""]  # the norm is below max_norm
+
+
+class Rates(NamedTuple):
+    """What a fused step does beside the update: with gradients before, with parameters after it."""
+
+    clip: Clip | None
+    weight_decay: Any  # a scalar, or None where the weights do not decay
+    scale: Float[Array, ""]  # minus the learning rate
+
+
 class Step(NamedTuple):
     """Everything but the leaf itself that an update needs."""
 
@@ -46,6 +63,26 @@ class Step(NamedTuple):
     nesterov: bool
     exact_lookup: bool
     backend: str | None
+    rates: Rates | None = None  # of a fused step
+
+    # Where a fused step does what Optax does, it is with its operations in its order
+    # (`clip_by_global_norm`, `add_decayed_weights`, `scale_by_learning_rate`, `apply_updates`).
+
+    def gradient(self, g: Array) -> Float[Array, "*shape"]:
+        """The gradient that the moments get to see, in float32."""
+        if self.rates is None or self.rates.clip is None:
+            return g.astype(jnp.float32)
+        clip, g = self.rates.clip, g.astype(jnp.float32)
+        return jnp.where(clip.idle, g, g / clip.norm * clip.max_norm)
+
+    def moved(self, p: Array, direction: Float[Array, "*shape"]) -> Array:
+        """A fused step's new parameter: computed in float32 at least, rounded to p's dtype once."""
+        assert self.rates is not None
+        wide = jnp.float64 if p.dtype == jnp.float64 else jnp.float32
+        theta, update = p.astype(wide), direction.astype(wide)
+        if self.rates.weight_decay is not None:
+            update = update + self.rates.weight_decay.astype(wide) * theta
+        return (theta + self.rates.scale.astype(wide) * update).astype(p.dtype)
 
 
 class Codebooks(NamedTuple):
@@ -75,7 +112,7 @@ class Kind(Protocol):
         ...
 
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
-        """One step: the direction, in the gradient's dtype, and the new moments."""
+        """One step from `Step.gradient`: the direction, float32, and the new moments."""
         ...
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
@@ -100,4 +137,13 @@ class Kind(Protocol):
 
     def describe(self) -> str:
         """The blocks in a few characters, for tables."""
+        ...
+
+
+@runtime_checkable
+class FusedKind(Kind, Protocol):
+    """A kind that knows a faster way to take the parameter along than after `update`."""
+
+    def fused(self, p: Array, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
+        """One step: what `Step.moved` makes of the parameter and of `update`'s direction."""
         ...

@@ -18,25 +18,41 @@ PUBLIC = [
     "DualCode",
     "Exact",
     "FlatPeriods",
+    "FusedGefen",
     "LeafPlan",
     "MemoryReport",
     "Plan",
     "ScaleByGefenMuonState",
     "ScaleByGefenState",
     "SharedBlocks",
+    "SplitWeightsState",
     "Untrained",
     "calibrate",
+    "from_adam",
+    "fused_gefen",
     "gefen",
     "gefen_muon",
     "memory_report",
+    "merge_weights",
     "plan_by_shape",
     "replan",
     "scale_by_gefen",
     "scale_by_gefen_muon",
+    "split_weights",
+    "state_sharding",
+    "to_adam",
+    "with_split_weights",
 ]
 
 # Containers of results: what makes them shows them in its own examples.
-_NO_EXAMPLES = {"LeafPlan", "MemoryReport", "ScaleByGefenMuonState", "ScaleByGefenState"}
+_NO_EXAMPLES = {
+    "FusedGefen",
+    "LeafPlan",
+    "MemoryReport",
+    "ScaleByGefenMuonState",
+    "ScaleByGefenState",
+    "SplitWeightsState",
+}
 
 
 def _public_names() -> list[str]:

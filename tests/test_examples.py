@@ -20,6 +20,15 @@ def test_quickstart(capsys):
     assert "bytes of optimizer state per parameter" in lines[-1]
 
 
+def test_checkpointing(capsys):
+    runpy.run_path(str(EXAMPLES / "checkpointing.py"), run_name="__main__")
+    lines = [x for x in capsys.readouterr().out.splitlines() if "loss" in x]
+    whole, first, second, before, adamw, gefen = (float(line.split()[-1]) for line in lines)
+    # Interrupted or not, to the last digit; after a switch, it falls as AdamW's does, fifty-fold.
+    assert second == whole < first
+    assert gefen < before / 10 and adamw < before / 10
+
+
 def test_main_job(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
     import char_lm

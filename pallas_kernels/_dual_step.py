@@ -1,0 +1,256 @@
+"""The body of the kernel of a dual code's step: one pass over a leaf.
+
+Its specification is `gefen_jax._dual_step`, in plain jnp, whose docstring has the equations. The
+same numbers come out but for rounding; what is computed otherwise, and why:
+
+- The codebook's entries, and the line of each gap, are read by shuffles between lanes: see
+  `pallas_kernels._triton.lookup`. The gap is found by four halvings, not by a table of bins.
+- Maxima are those of the floats' bits: what is not negative has the order of its bits, NaN comes
+  last, and the hardware reduces integers of a warp in one instruction.
+- A place plus its fraction is added to 16. Of floats in [16, 32) the integer part is four bits in
+  one place, and no float is converted to an integer.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int, UInt32
+
+from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_power_of_two
+from pallas_kernels._triton import Table, load, lookup, store
+
+LEVELS = 16
+_MANTISSA = 23  # bits of a float32's mantissa
+_KEPT = 4  # of them in a code of nu; and of a float in [16, 32), the bits of its integer part
+_DROPPED = _MANTISSA - _KEPT
+_INFINITE = 255  # the biased exponent of inf
+_INFINITY = _INFINITE << _MANTISSA
+_ONE = np.uint32(127 << _MANTISSA)
+_TINY = np.float32(2.0**-126)
+_MIX1, _MIX2, _MIX3 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B), np.uint32(0x9C8F2D35)
+
+# What `scalars_ref` holds, in this order.
+SCALARS = (
+    "gradient_factor",
+    "one_minus_b1",
+    "b2",
+    "one_minus_b2",
+    "eps",
+    "eps_root",
+    "inverse_correction2",
+    "m_factor",  # of m in the numerator of the update
+    "g_factor",  # of the gradient there; 0 but for nesterov
+    "learning_rate",
+    "weight_decay",
+)
+
+
+class Form(NamedTuple):
+    """What is compiled in."""
+
+    fused: bool  # writes the new parameter, not the update
+    nesterov: bool
+    interpret: bool
+
+
+class Tables(NamedTuple):
+    """The codebook, and by gap the line ``offset + slope * x`` of places; so they lie in memory."""
+
+    codebook: Table
+    offset: Table
+    slope: Table
+
+
+class _Tile(NamedTuple):
+    """What a program works on: ``[rows, pairs, columns]``, padded to powers of two."""
+
+    first: tuple[Array, Array, Array]  # indices of the pairs' first elements
+    second: tuple[Array, Array, Array]
+    mask: Array
+    stats: tuple[Array, Array]  # indices of the blocks' statistics, [rows, columns]
+    stats_mask: Array
+
+
+class _Pairs(NamedTuple):
+    """Of every pair: the two m and the nu that they share."""
+
+    m1: Float[Array, "rows pairs columns"]
+    m2: Float[Array, "rows pairs columns"]
+    nu: Float[Array, "rows pairs columns"]
+
+
+class _Coded(NamedTuple):
+    """The new state: the codes of m and of nu, and per block the scale and the exponent."""
+
+    k1: Int[Array, "rows pairs columns"]
+    k2: Int[Array, "rows pairs columns"]
+    h: Int[Array, "rows pairs columns"]
+    scale: Float[Array, "rows 1 columns"]
+    exponent: Int[Array, "rows 1 columns"]
+
+
+def _bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: Int[Array, "..."] | UInt32[Array, "..."]) -> Float[Array, "..."]:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _tile(layout: DualLayout, config: DualStepConfig) -> _Tile:
+    # One axis of programs, whose number no limit of the hardware's other axes touches; neighbours
+    # in memory are neighbours in time.
+    program = pl.program_id(0)
+    across = jnp.int32(pl.cdiv(layout.inner, config.columns))
+    first_row = jax.lax.div(program, across) * config.rows
+    first_column = jax.lax.rem(program, across) * config.columns
+
+    shape = (config.rows, next_power_of_two(layout.pairs), config.columns)
+    row, pair, column = first_row + _iota(shape, 0), _iota(shape, 1), first_column + _iota(shape, 2)
+    inside = pair
+    if layout.stretches > 1:
+        inside = pair + jax.lax.div(pair, jnp.int32(layout.half)) * layout.half
+    mask = (row < layout.blocks) & (pair < layout.pairs) & (column < layout.inner)
+
+    stats = first_row + _iota(shape[::2], 0), first_column + _iota(shape[::2], 1)
+    stats_mask = (stats[0] < layout.blocks) & (stats[1] < layout.inner)
+    first, second = ((row, at, column) for at in (inside, inside + layout.half))
+    return _Tile(first, second, mask, stats, stats_mask)
+
+
+def _dither(
+    phase: tuple[Array, Array], at: tuple[Array, Array, Array], layout: DualLayout
+) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """The two fractions of the elements there, in units of 2^-32."""
+    row, inside, column = (index.astype(jnp.uint32) for index in at)
+    period, inner = np.uint32(layout.period), np.uint32(layout.inner)
+    word = ((row * period + inside) * inner + column) ^ phase[0]
+    word = (word ^ (word >> 16)) * _MIX1
+    word = (word ^ (word >> 15)) * _MIX2
+    return word + phase[1], (word ^ (word >> 16)) * _MIX3 + phase[1]
+
+
+def _nu_level(exponent: Int[Array, "..."], code: Int[Array, "..."]) -> Float[Array, "..."]:
+    return _float(jnp.maximum((exponent << _KEPT) + code - 255, 0) << _DROPPED)
+
+
+def _over_block(x: Int[Array, "rows pairs columns"]) -> Int[Array, "rows 1 columns"]:
+    return jnp.max(x, axis=1)[:, None, :]
+
+
+def _round_nu(
+    nu: Float[Array, "..."], fraction: UInt32[Array, "..."]
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    """The blocks' exponents and the pairs' codes."""
+    bits = _bits(nu)
+    # Shifts of unsigned integers, which the sums of a NaN's bits need.
+    largest = _over_block(bits).astype(jnp.uint32)
+    exponent = ((largest + np.uint32((1 << _MANTISSA) - 1)) >> _MANTISSA).astype(jnp.int32)
+    exponent = jnp.minimum(exponent, _INFINITE)
+    place = (bits.astype(jnp.uint32) + (fraction >> (32 - _DROPPED))) >> _DROPPED
+    code = place.astype(jnp.int32) - (exponent << _KEPT) + 255
+    return exponent, jnp.minimum(jnp.maximum(code, 0), 255)
+
+
+def _round_to_level(
+    tables: Tables, x: Float[Array, "..."], fraction: UInt32[Array, "..."]
+) -> Int[Array, "..."]:
+    """A code of each x in [-1, 1]; the fraction decides between two."""
+    gap = jnp.zeros(x.shape, jnp.int32)
+    for bit in (8, 4, 2, 1):
+        higher = gap | bit
+        gap = jnp.where(x >= lookup(tables.codebook, higher), higher, gap)
+    place = lookup(tables.offset, gap) + lookup(tables.slope, gap) * x
+    # 19 bits of the fraction: 16 + 15 + 1 - 2^-19 is a float32, so no entry rounds up.
+    one_and_fraction = _float(((fraction >> 13) << 4) | _ONE)
+    return (_bits(place + (15 + one_and_fraction)) >> _DROPPED) & (LEVELS - 1)
+
+
+def _code(pairs: _Pairs, fractions: tuple[Array, Array, Array], tables: Tables) -> _Coded:
+    """The new state; the fractions round nu and each m."""
+    exponent, h = _round_nu(pairs.nu, fractions[0])
+    root = jnp.sqrt(_nu_level(exponent, h))
+    inverse = 1 / jnp.where(root == 0, jnp.inf, root)
+    x1, x2 = pairs.m1 * inverse, pairs.m2 * inverse
+    largest = _over_block(jnp.maximum(_bits(jnp.abs(x1)), _bits(jnp.abs(x2))))
+    # NaN becomes inf: an infinite scale makes the block's updates NaN.
+    scale = _float(jnp.minimum(largest, _INFINITY))
+    inverse = 1 / jnp.maximum(scale, _TINY)
+    k1, k2 = (
+        _round_to_level(tables, x * inverse, fraction)
+        for x, fraction in ((x1, fractions[1]), (x2, fractions[2]))
+    )
+    return _Coded(k1, k2, h, scale, exponent)
+
+
+def make_kernel(layout: DualLayout, config: DualStepConfig, form: Form) -> Any:
+    """The kernel. Refs are whole: leaves [blocks, period, inner], statistics [blocks, inner].
+
+    Inputs: scalars, phase, tables, g, the parameter if fused, codes, scales, exponents. Outputs:
+    the update or the new parameter, then new codes, scales and exponents, which may lie in place.
+    """
+
+    def kernel(scalars_ref: Any, phase_ref: Any, tables_ref: Any, g_ref: Any, *refs: Any) -> None:
+        param_ref, refs = (refs[0], refs[1:]) if form.fused else (None, refs)
+        codes_ref, scale_ref, exponent_ref, out_ref, *new_refs = refs
+        tile = _tile(layout, config)
+        at = tile.first, tile.second
+        scalars = {name: scalars_ref[i] for i, name in enumerate(SCALARS)}
+        tables = Tables(*(Table.read(tables_ref, i, form.interpret) for i in range(3)))
+
+        g = [load(g_ref, x, tile.mask).astype(jnp.float32) for x in at]
+        g = [x * scalars["gradient_factor"] for x in g]
+        old = [load(codes_ref, x, tile.mask).astype(jnp.int32) for x in at]
+        scale = load(scale_ref, tile.stats, tile.stats_mask)[:, None, :]
+        exponent = load(exponent_ref, tile.stats, tile.stats_mask)[:, None, :].astype(jnp.int32)
+
+        nu = _nu_level(exponent, (old[0] & 0xF0) | (old[1] >> 4))
+        if layout.pairs != tile.mask.shape[1]:
+            # A code of 0 stands for -1 times the scale: what pads a block must not be its maximum.
+            nu = jnp.where(tile.mask, nu, 0)
+        unit = scale * jnp.sqrt(nu)
+        m1, m2 = (lookup(tables.codebook, code & 15) * unit for code in old)
+        m1 = m1 + scalars["one_minus_b1"] * (g[0] - m1)
+        m2 = m2 + scalars["one_minus_b1"] * (g[1] - m2)
+        square = 0.5 * (g[0] * g[0] + g[1] * g[1])
+        nu = scalars["b2"] * nu + scalars["one_minus_b2"] * square
+
+        phase = phase_ref[0], phase_ref[1]
+        (nu_fraction, fraction1), (_, fraction2) = (_dither(phase, x, layout) for x in at)
+        new = _code(_Pairs(m1, m2, nu), (nu_fraction, fraction1, fraction2), tables)
+        _store_state(new_refs, tile, new)
+
+        nu = _nu_level(new.exponent, new.h)
+        unit = new.scale * jnp.sqrt(nu) * scalars["m_factor"]
+        root = jnp.sqrt(nu * scalars["inverse_correction2"] + scalars["eps_root"]) + scalars["eps"]
+        # An element that never saw a gradient stays where it is, with eps = 0 too.
+        inverse = 1 / jnp.where(root == 0, jnp.inf, root)
+        # Before the product with a codebook's entry: of a nu that overflowed, inf * 0 is NaN.
+        rate = unit * inverse
+        for x, k, gradient in zip(at, (new.k1, new.k2), g, strict=True):
+            out = lookup(tables.codebook, k) * rate
+            if form.nesterov:
+                out = out + gradient * scalars["g_factor"] * inverse
+            if form.fused:
+                param = load(param_ref, x, tile.mask).astype(jnp.float32)
+                step = out + scalars["weight_decay"] * param
+                out = param - scalars["learning_rate"] * step
+            store(out_ref, x, out, tile.mask)
+
+    return kernel
+
+
+def _store_state(refs: Sequence[Any], tile: _Tile, new: _Coded) -> None:
+    codes_ref, scale_ref, exponent_ref = refs
+    store(codes_ref, tile.first, (new.h & 0xF0) | new.k1, tile.mask)
+    store(codes_ref, tile.second, ((new.h & 15) << 4) | new.k2, tile.mask)
+    store(scale_ref, tile.stats, jnp.squeeze(new.scale, 1), tile.stats_mask)
+    store(exponent_ref, tile.stats, jnp.squeeze(new.exponent, 1), tile.stats_mask)

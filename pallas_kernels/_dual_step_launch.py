@@ -1,0 +1,176 @@
+"""The launch of a dual code's step: checks, small tables, one kernel."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Num, UInt32
+
+from pallas_kernels._dual_step import LEVELS, SCALARS, Form, make_kernel
+from pallas_kernels._dual_step_config import (
+    MAX_PERIOD,
+    DualLayout,
+    DualStepConfig,
+    dual_step_config,
+)
+from pallas_kernels._triton import compiler_params
+
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+# Pallas' Triton dialect takes offsets of 32 bits, signed, for arrays of up to 2^32 bytes.
+_MAX_SIZE = 2**31 - 1
+
+
+class DualScalars(NamedTuple):
+    """The scalars of one step; t is the number of this step, from 1."""
+
+    b1: Any  # numbers or traced scalars
+    b2: Any
+    one_minus_b1: Any
+    one_minus_b2: Any
+    eps: Any
+    eps_root: Any
+    correction1: Any  # 1 - b1^t
+    next_correction1: Any  # 1 - b1^(t + 1), for nesterov
+    correction2: Any  # 1 - b2^t
+
+
+class DualStepResult(NamedTuple):
+    """What a step returns."""
+
+    out: Array  # the update, in the gradient's dtype; or the new parameter
+    codes: Array
+    scale: Array
+    exponent: Array
+
+
+def _tables(codebook: Float[Array, "16"]) -> Float[Array, "48"]:
+    """The codebook and the lines of its gaps; the last entry, x = 1, takes the last gap's."""
+    slope = 1 / jnp.diff(codebook)
+    offset = jnp.arange(LEVELS - 1, dtype=jnp.float32) - codebook[:-1] * slope
+    return jnp.concatenate([codebook, offset, offset[-1:], slope, slope[-1:]])
+
+
+def _scalars(
+    scalars: DualScalars, nesterov: bool, others: dict[str, Any]
+) -> Float[Array, "scalars"]:
+    """What the kernel's `SCALARS` names, in its order."""
+    s = DualScalars(*(jnp.asarray(x, jnp.float32) for x in scalars))
+    values = {name: getattr(s, name) for name in SCALARS if name in DualScalars._fields}
+    values["inverse_correction2"] = 1 / s.correction2
+    values["m_factor"] = s.b1 / s.next_correction1 if nesterov else 1 / s.correction1
+    values["g_factor"] = s.one_minus_b1 / s.correction1 if nesterov else 0
+    values |= others
+    return jnp.stack([jnp.asarray(values[name], jnp.float32) for name in SCALARS])
+
+
+def _check(leaves: dict[str, Array], stats: dict[str, Array], layout: DualLayout) -> None:
+    """Raises unless the arrays have the layout's shapes and the right dtypes."""
+    wanted = {"codes": (jnp.uint8,), "scale": (jnp.float32,), "exponent": (jnp.uint8,)}
+    for name, x in (leaves | stats).items():
+        dtypes = wanted.get(name, _FLOATS)
+        if x.dtype not in dtypes:
+            names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
+            raise TypeError(f"`{name}` must be {names}, got {x.dtype}")
+    for group, size in ((leaves, layout.size), (stats, layout.blocks * layout.inner)):
+        shapes = {name: x.shape for name, x in group.items()}
+        if len(set(shapes.values())) > 1 or any(x.size != size for x in group.values()):
+            raise ValueError(
+                f"{', '.join(f'`{name}`' for name in group)} must have one shape of {size}"
+                f" elements, as {layout} has, got {shapes}"
+            )
+    if layout.period > MAX_PERIOD or layout.size > _MAX_SIZE:
+        raise NotImplementedError(
+            f"this kernel takes blocks of at most {MAX_PERIOD} elements and leaves of at most"
+            f" {_MAX_SIZE}, got {layout}: use the XLA backend for this leaf"
+        )
+
+
+def dual_step(
+    # Their dtypes are checked below, by name.
+    g: Num[Array, "*shape"],
+    codes: Num[Array, "*shape"],
+    scale: Num[Array, "*stats"],
+    exponent: Num[Array, "*stats"],
+    *,
+    layout: DualLayout,
+    scalars: DualScalars,
+    codebook: Float[Array, "16"],
+    phase: UInt32[Array, "two"],
+    nesterov: bool = False,
+    gradient_factor: Any = 1.0,
+    param: Num[Array, "*shape"] | None = None,
+    learning_rate: Any = 0.0,
+    weight_decay: Any = 0.0,
+    config: DualStepConfig | None = None,
+    interpret: bool = False,
+) -> DualStepResult:
+    """One step of a leaf with both moments in a byte per element, in one pass over memory.
+
+    The equations and the dither are those of `gefen_jax._dual_step`. With ``param`` it writes
+
+        param - learning_rate * (update + weight_decay * param),
+
+    computed in float32 and cast once; without, the update. Codes, scales, exponents and the
+    parameter are written in place where the caller donates them.
+
+    Args:
+      g: The gradient: float32, bfloat16 or float16.
+      codes: The bytes of the moments.
+      scale: Per block and inner index, row-major: what m is coded relative to. Float32.
+      exponent: Likewise, of nu.
+      layout: How leaves lie in memory.
+      scalars: What the step's equations name.
+      codebook: The sorted levels of m, the first -1 and the last 1. Float32.
+      phase: The two words of this leaf and this step, for the dither.
+      nesterov: Whether the update looks ahead.
+      gradient_factor: What the gradient is multiplied by first (a clip's): a number or a scalar.
+      param: The parameter, for the fused form: float32, bfloat16 or float16.
+      learning_rate: Of the fused form, a number or a traced scalar.
+      weight_decay: Likewise; 0 for a leaf without.
+      config: How programs are cut; None takes `dual_step_config`.
+      interpret: Runs without a GPU, slowly.
+
+    Returns:
+      The update in the gradient's dtype, or the new parameter in its own, and the new state.
+
+    Raises:
+      NotImplementedError: for blocks or leaves too large for this kernel, or a jax without the
+        Triton dialect of Pallas.
+    """
+    fused = param is not None
+    leaves = {"g": g, "codes": codes} | ({"param": param} if fused else {})
+    _check(leaves, {"scale": scale, "exponent": exponent}, layout)
+    config = dual_step_config(layout) if config is None else config
+    others = {
+        "gradient_factor": gradient_factor,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+    }
+
+    like = param if fused else g
+    shape = (layout.blocks, layout.period, layout.inner)
+    state = [codes.reshape(shape), *(x.reshape(shape[::2]) for x in (scale, exponent))]
+    inputs = [
+        _scalars(scalars, nesterov, others),
+        phase,
+        _tables(codebook),
+        g.reshape(shape),
+        *([param.reshape(shape)] if fused else []),
+        *state,
+    ]
+    outputs = [jax.ShapeDtypeStruct(shape, like.dtype)]
+    outputs += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state]
+    # Never the gradient: whose it is, we do not know, and an alias would then cost a copy.
+    in_place = range(0 if fused else 1, len(outputs))
+    call = pl.pallas_call(
+        make_kernel(layout, config, Form(fused, nesterov, interpret)),
+        out_shape=outputs,
+        grid=(pl.cdiv(layout.blocks, config.rows) * pl.cdiv(layout.inner, config.columns),),
+        input_output_aliases={len(inputs) - len(outputs) + i: i for i in in_place},
+        compiler_params=compiler_params(config.num_warps),
+        interpret=interpret,
+        name="gefen_dual_step_fused" if fused else "gefen_dual_step",
+    )
+    old = (like, codes, scale, exponent)
+    return DualStepResult(*(x.reshape(y.shape) for x, y in zip(call(*inputs), old, strict=True)))

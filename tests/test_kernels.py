@@ -1,0 +1,445 @@
+"""The GPU kernels against the plain step, interpreted on a CPU; and that they lower for CUDA.
+
+``u = 2**-24`` is the relative rounding error of float32. Two programs may take different codes
+where a fraction lies within rounding of the point at which it would decide otherwise
+(`tests/test_dual.py` derives how near). Per code of m that is at most 14 u slope |parts| and six
+more u (slope + 16), with a slope of at most 14.5 and parts of at most 10 scales (1 / (1 - b1)):
+1.4e-4 for the largest, 1e-5 for most; and either of two programs may be so far off. So at most 2e-4
+of all codes may differ, and five standard deviations of such a count.
+"""
+
+import ast
+import functools
+import math
+import runpy
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+import pallas_kernels
+from gefen_jax._builtin import builtin_codebook
+from gefen_jax._dither import leaf_phases
+from gefen_jax._dual_step import advance_dual, direction_dual
+from gefen_jax._levels import make_levels
+from gefen_jax._types import Decay, Moments, Step
+from pallas_kernels import (
+    DualLayout,
+    DualScalars,
+    DualStepConfig,
+    DualStepResult,
+    dual_step,
+    dual_step_config,
+)
+
+U = 2.0**-24
+_DIFFER = 2e-4
+# Of results: of a dtype's own rounding one step, of float32 what `_check_update` of
+# `tests/test_dual.py` counts for one program, 24 u and twice b1's and b2's 4 u, for two.
+_TOLERANCE = {"float32": 80 * U, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+_LEARNING_RATE, _WEIGHT_DECAY = 1e-2, 0.1
+_CODEBOOK = np.asarray(builtin_codebook(16), np.float32)
+_FOLDER = Path(pallas_kernels.__file__).parent
+
+pytestmark = [
+    pytest.mark.skipif(
+        not pallas_kernels.is_available(),
+        reason=f"jax {jax.__version__} has no Triton dialect of Pallas",
+    ),
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+]
+
+
+class Case(NamedTuple):
+    """A leaf ``[blocks, stretches, 2 * half, inner]`` and a form of the step."""
+
+    layout: DualLayout
+    gradient: str = "float32"
+    param: str | None = None  # the fused form's
+    nesterov: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        layout = self.layout
+        return layout.blocks, layout.stretches, 2 * layout.half, layout.inner
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        return 1, self.layout.stretches, 2 * self.layout.half, 1
+
+    @property
+    def stats(self) -> tuple[int, ...]:
+        return self.layout.blocks, 1, 1, self.layout.inner
+
+
+class Data(NamedTuple):
+    """What a step takes."""
+
+    g: Any
+    state: Moments
+    param: Any
+    decay: Decay
+    phase: Any
+
+
+class Result(NamedTuple):
+    """What a step gives: the update or the new parameter, and the state."""
+
+    out: Any
+    state: Moments
+
+
+CASES = {
+    "rows": Case(DualLayout(5, 1, 128)),
+    "rows, fused": Case(DualLayout(5, 1, 128), param="float32"),
+    "padded, many programs": Case(DualLayout(70, 1, 48), "bfloat16", "float32"),
+    "stretches": Case(DualLayout(3, 6, 10), "float16", nesterov=True),
+    "one long block": Case(DualLayout(1, 1, 500), "bfloat16"),
+    "columns": Case(DualLayout(1, 1, 128, 5), param="bfloat16"),
+    "many columns": Case(DualLayout(3, 2, 3, 67), param="float16", nesterov=True),
+}
+
+
+def _decay(t: int, b1: float = 0.9, b2: float = 0.999) -> Decay:
+    corrections = (1 - b1**t, 1 - b1 ** (t + 1), 1 - b2**t)
+    values = (b1, b2, 1 - b1, 1 - b2, 1e-8, 1e-12, *corrections)
+    return Decay(*(jnp.float32(x) for x in values))
+
+
+def data_of(case: Case, seed: int, t: int = 3, decades: float = 2.0) -> Data:
+    """Any state, and gradients of its size times a few decades; some elements have none."""
+    rng = np.random.default_rng(seed)
+    exponent = rng.integers(95, 125, case.stats)
+    root = 2.0 ** ((exponent - 127) / 2)
+    size = root * 10 ** rng.uniform(-decades, decades / 4, case.shape)
+    g = rng.normal(size=case.shape) * size * (rng.random(case.shape) < 0.9)
+    state = Moments(
+        jnp.asarray(rng.integers(0, 256, case.shape), jnp.uint8),
+        jnp.asarray(rng.uniform(0, 3, case.stats), jnp.float32),
+        jnp.asarray(exponent, jnp.uint8),
+    )
+    param = None
+    if case.param is not None:
+        param = jnp.asarray(rng.normal(size=case.shape), case.param)
+    phase = leaf_phases([f"leaf {seed}"], jnp.int32(t))[0]
+    return Data(jnp.asarray(g, case.gradient), state, param, _decay(t), phase)
+
+
+@functools.cache
+def _plain(case: Case) -> Any:
+    @jax.jit
+    def step(data: Data) -> Result:
+        codebook = jnp.asarray(_CODEBOOK)
+        arguments = Step(
+            data.decay, None, make_levels(codebook), data.phase, case.nesterov, True, None
+        )
+        new = advance_dual(data.g, data.state, case.block, arguments)
+        if data.param is None:
+            update = direction_dual(data.g, new, case.block, arguments)
+            return Result(update.astype(data.g.dtype), new)
+        update = direction_dual(data.g.astype(jnp.float32), new, case.block, arguments)
+        param = data.param.astype(jnp.float32)
+        out = param - _LEARNING_RATE * (update + _WEIGHT_DECAY * param)
+        return Result(out.astype(data.param.dtype), new)
+
+    return step
+
+
+def _kernel(case: Case, config: DualStepConfig | None = None, interpret: bool = True) -> Any:
+    def step(data: Data, **others: Any) -> DualStepResult:
+        return dual_step(
+            data.g,
+            *data.state,
+            layout=case.layout,
+            scalars=DualScalars(*data.decay),
+            codebook=jnp.asarray(_CODEBOOK),
+            phase=data.phase,
+            nesterov=case.nesterov,
+            param=data.param,
+            learning_rate=_LEARNING_RATE,
+            weight_decay=_WEIGHT_DECAY,
+            config=config,
+            interpret=interpret,
+            **others,
+        )
+
+    return step
+
+
+@functools.cache
+def _interpreted(case: Case, config: DualStepConfig | None = None) -> Any:
+    # Least effort: these programs run once, and compiling them is what the tests take.
+    return jax.jit(_kernel(case, config), compiler_options={"xla_backend_optimization_level": 0})
+
+
+def _levels_of_nu(codes: np.ndarray) -> np.ndarray:
+    first, second = np.split(codes.astype(int), 2, axis=2)
+    return (first & 0xF0) | (second >> 4)
+
+
+def check_equal(case: Case, data: Data, plain: Result, kernel: DualStepResult) -> None:
+    """The same but for a handful of codes, next to each other, and rounding."""
+    wanted, found = np.asarray(plain.state.mu), np.asarray(kernel.codes)
+    np.testing.assert_array_equal(kernel.exponent, plain.state.nu)
+    # What NaN is coded as, is nobody's business.
+    finite = np.isfinite(np.asarray(plain.state.scale))
+    np.testing.assert_array_equal(np.isfinite(np.asarray(kernel.scale)), finite)
+    finite = np.broadcast_to(finite, case.shape)
+
+    m_apart = np.where(finite, np.abs((wanted & 15).astype(int) - (found & 15)), 0)
+    nu_apart = np.abs(_levels_of_nu(wanted) - _levels_of_nu(found))
+    nu_apart = np.where(finite, np.concatenate([nu_apart, nu_apart], axis=2), 0)
+    assert m_apart.max() <= 1 and nu_apart.max() <= 1
+    expected = _DIFFER * found.size
+    same = (m_apart == 0) & (nu_apart == 0)
+    assert np.count_nonzero(~same) <= expected + 5 * math.sqrt(expected)
+
+    # A nu one level off moves a scale by up to half of a sixteenth.
+    blocks_same = same.all(axis=(1, 2), keepdims=True)
+    rtol = np.where(blocks_same, 28 * U, 1 / 30)
+    scale, ours = np.asarray(plain.state.scale), np.asarray(kernel.scale)
+    with np.errstate(invalid="ignore"):
+        assert np.all((np.abs(ours - scale) <= rtol * scale) | ~np.isfinite(scale))
+
+    dtype = str(kernel.out.dtype)
+    assert dtype == (case.param or case.gradient)
+    out, ours = (np.asarray(x, np.float32) for x in (plain.out, kernel.out))
+    same = same & blocks_same
+    # Terms of the sums that the forms end with: nesterov's have the updates' size, a parameter is
+    # one itself.
+    with np.errstate(invalid="ignore"):
+        terms = np.abs(out) + (np.nanmax(np.abs(out[same]), initial=0) if case.nesterov else 0)
+        if data.param is not None:
+            terms = terms + np.abs(np.asarray(data.param, np.float32))
+        near = np.abs(ours - out) <= _TOLERANCE[dtype] * terms + np.finfo(np.float32).tiny
+    near |= (np.isnan(ours) & np.isnan(out)) | (ours == out)
+    assert np.all(near | ~same)
+
+
+class StepContract:
+    """What every implementation of the step fulfils; a subclass names one."""
+
+    step: Any
+
+    def check(self, case: Case, data: Data) -> DualStepResult:
+        found = type(self).step(case)(data)
+        check_equal(case, data, _plain(case)(data), found)
+        return found
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_equals_the_plain_step(self, name):
+        """At the first step, where corrections are small, and at a later one."""
+        for seed, t in ((0, 1), (1, 1000)):
+            self.check(CASES[name], data_of(CASES[name], seed, t))
+
+    @settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.generate))
+    @given(seed=st.integers(0, 2**31), t=st.integers(1, 10**6), decades=st.floats(0, 6))
+    def test_any_numbers(self, seed, t, decades):
+        case = CASES["padded, many programs"]
+        self.check(case, data_of(case, seed, t, decades))
+
+    # Every shape is compiled: few of them, and no search for the smallest that fails.
+    @settings(max_examples=3, deadline=None, phases=(Phase.explicit, Phase.generate))
+    @given(
+        blocks=st.integers(1, 9),
+        stretches=st.integers(1, 4),
+        half=st.integers(1, 128),
+        inner=st.sampled_from([1, 1, 2, 17, 33]),
+        dtypes=st.sampled_from(
+            [("float16", None), ("bfloat16", "float32"), ("float32", "float32")]
+        ),
+    )
+    def test_any_shape(self, blocks, stretches, half, inner, dtypes):
+        case = Case(DualLayout(blocks, stretches, half, inner), *dtypes)
+        self.check(case, data_of(case, 0))
+
+    def test_blocks_without_gradient_decay_alike(self):
+        """Padding takes no part: its code of 0 would stand for the largest m of all."""
+        case = CASES["padded, many programs"]
+        data = data_of(case, 0)
+        codes = (data.state.mu & 0xF0) | 7  # entry 7 is 0: nothing but padding has an m
+        data = data._replace(g=data.g * 0, state=data.state._replace(mu=codes))
+        found = self.check(case, data)
+        assert not np.any(found.scale)
+
+    def test_no_gradient_ever(self):
+        """A state of zeros stays, and so does the parameter but for its weight decay."""
+        case = CASES["rows, fused"]
+        data = data_of(case, 0)
+        zeros = jax.tree.map(jnp.zeros_like, data.state)
+        found = self.check(case, data._replace(g=data.g * 0, state=zeros))
+        assert not np.any(found.scale) and not np.any(found.exponent)
+        decayed = np.asarray(data.param) * (1 - _LEARNING_RATE * _WEIGHT_DECAY)
+        np.testing.assert_allclose(found.out, decayed, rtol=4 * U)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_not_finite_gradients_make_their_blocks_nan(self, value):
+        case = CASES["rows"]
+        data = data_of(case, 0)
+        found = self.check(case, data._replace(g=data.g.at[2, 0, 17, 0].set(value)))
+        nan = np.isnan(found.out).all(axis=(1, 2, 3))
+        assert nan.tolist() == [False, False, True, False, False]
+        assert np.isfinite(np.asarray(found.out)[~nan]).all()
+
+    @pytest.mark.parametrize("factor", [1e-30, 1e-18, 1e-6, 1e6, 1e15, 1e25])
+    def test_huge_and_small_gradients(self, factor):
+        """From a state of zeros: nu underflows, or overflows and makes its elements NaN."""
+        case = CASES["rows"]
+        data = data_of(case, 0, t=1)
+        zeros = jax.tree.map(jnp.zeros_like, data.state)
+        found = self.check(case, data._replace(g=data.g * jnp.float32(factor), state=zeros))
+        assert np.isfinite(found.out).all() == (factor < 1e20)
+
+    def test_gradient_factor(self):
+        """A power of two, so that nothing rounds otherwise."""
+        case = CASES["rows"]
+        data = data_of(case, 0)
+        step = jax.jit(functools.partial(_kernel(case), gradient_factor=0.25))
+        check_equal(case, data, _plain(case)(data._replace(g=data.g * 0.25)), step(data))
+
+    @pytest.mark.parametrize("config", [DualStepConfig(1, 1, 1), DualStepConfig(8, 4, 8)])
+    def test_how_programs_are_cut_does_not_matter(self, config):
+        case = CASES["many columns"]
+        data = data_of(case, 0)
+        wanted = _interpreted(case)(data)
+        for ours, other in zip(wanted, _interpreted(case, config)(data), strict=True):
+            np.testing.assert_array_equal(ours, other)
+
+    def test_zero_stays_whatever_the_fraction_is(self):
+        """Elements without gradient in a block that has one, over many steps."""
+        case = CASES["rows"]
+        data = data_of(case, 0)
+        mask = np.random.default_rng(0).random(case.shape) < 0.5
+        codes = jnp.where(mask, (data.state.mu & 0xF0) | 7, data.state.mu)
+        data = data._replace(g=data.g * ~mask, state=data.state._replace(mu=codes))
+        for t in range(1, 30):
+            phase = leaf_phases(["w"], jnp.int32(t))[0]
+            found = type(self).step(case)(data._replace(phase=phase))
+            assert not np.any(np.asarray(found.out)[mask])
+            assert np.all((np.asarray(found.codes) & 15)[mask] == 7)
+            data = data._replace(state=Moments(*found[1:]))
+
+
+class TestTritonInterpreted(StepContract):
+    """The Triton dialect's kernel, interpreted."""
+
+    step = staticmethod(_interpreted)
+
+
+# Lowering ----------------------------------------------------------------------------------------
+
+_H200 = AbstractMesh(
+    (1,),
+    ("x",),
+    axis_types=(AxisType.Auto,),
+    # From jax 0.11 on, lowering asks which GPU it is for.
+    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda"),
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("gradient", ["float32", "bfloat16", "float16"])
+def test_lowers_for_cuda_in_place(name, gradient):
+    """One custom call, which writes all state, and the parameter, where it was."""
+    case = CASES[name]._replace(gradient=gradient)
+    shapes = jax.eval_shape(lambda: data_of(case, 0)._replace(phase=jnp.zeros(2, jnp.uint32)))
+    step = _kernel(case, interpret=False)
+    jitted = jax.jit(
+        lambda state, param, rest: step(rest._replace(state=state, param=param)),
+        donate_argnums=(0, 1),
+    )
+    with jax.sharding.use_abstract_mesh(_H200):
+        traced = jitted.trace(shapes.state, shapes.param, shapes._replace(state=None, param=None))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 1
+    kernel = "gefen_dual_step" if case.param is None else "gefen_dual_step_fused"
+    assert f'name = "{kernel}"' in text
+    written = 3 if case.param is None else 4
+    assert text.count("#stablehlo.output_operand_alias<") == written
+    assert text.count("tf.aliasing_output") == written
+
+
+# Arguments ---------------------------------------------------------------------------------------
+
+
+def _call(case: Case, data: Data, layout: DualLayout | None = None) -> Any:
+    return jax.eval_shape(lambda: _kernel(case._replace(layout=layout or case.layout))(data))
+
+
+def test_wrong_arguments_are_named():
+    case = CASES["rows"]
+    data = data_of(case, 0)
+    with pytest.raises(ValueError, match="`g`, `codes` must have one shape of 1536 elements"):
+        _call(case, data, DualLayout(6, 1, 128))
+    with pytest.raises(ValueError, match="`scale`, `exponent` must have one shape of 10 elements"):
+        _call(case, data, DualLayout(10, 1, 64))
+    with pytest.raises(TypeError, match="`exponent` must be uint8, got int32"):
+        wrong = data.state._replace(nu=data.state.nu.astype(jnp.int32))
+        _call(case, data._replace(state=wrong))
+    with pytest.raises(TypeError, match="`g` must be float32 or bfloat16 or float16, got int8"):
+        _call(case, data._replace(g=data.g.astype(jnp.int8)))
+    with pytest.raises(ValueError, match="`half` of a layout must be at least 1, got 0"):
+        DualLayout(1, 1, 0)
+    with pytest.raises(ValueError, match="`rows` of a config must be a power of two, got 3"):
+        DualStepConfig(3, 1, 1)
+    with pytest.raises(ValueError, match="`num_warps` must be at most 32, got 64"):
+        DualStepConfig(1, 1, 64)
+
+
+@pytest.mark.parametrize("layout", [DualLayout(1, 1, 4097), DualLayout(2**21, 1, 512)])
+def test_too_large_for_the_kernel(layout):
+    case = Case(layout)
+    shapes = [(case.shape, "float32"), (case.shape, "uint8")]
+    shapes += [(case.stats, "float32"), (case.stats, "uint8")]
+
+    def step(g: Any, *state: Any) -> Any:
+        return _kernel(case)(Data(g, Moments(*state), None, _decay(1), jnp.zeros(2, jnp.uint32)))
+
+    with pytest.raises(NotImplementedError, match="use the XLA backend for this leaf"):
+        jax.eval_shape(step, *(jax.ShapeDtypeStruct(*x) for x in shapes))
+
+
+@given(
+    layout=st.builds(
+        DualLayout,
+        st.integers(1, 10**6),
+        st.integers(1, 8),
+        st.integers(1, 512),
+        st.integers(1, 10**5),
+    )
+)
+def test_configs_cover_their_blocks(layout):
+    """Whole blocks per program; 4 pairs per thread, or fewer in one warp."""
+    config = dual_step_config(layout)
+    pairs = 1 << (layout.pairs - 1).bit_length()
+    per_thread = config.rows * config.columns * pairs / (32 * config.num_warps)
+    assert per_thread == 4 or (config.num_warps == 1 and per_thread < 4)
+    assert config.rows < 2 * layout.blocks and config.columns < 2 * layout.inner
+
+
+# The package -------------------------------------------------------------------------------------
+
+
+def test_imports_neither_optax_nor_gefen_jax():
+    for path in _FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"optax", "gefen_jax"}
+
+
+def test_a_jax_without_the_dialect_is_refused_at_the_launch_only(monkeypatch):
+    monkeypatch.delattr(jax.experimental.pallas, "triton", raising=False)
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    module = runpy.run_path(str(_FOLDER / "_triton.py"))
+    assert not module["is_available"]()
+    with pytest.raises(NotImplementedError, match="has no Triton dialect of Pallas"):
+        module["compiler_params"](4)

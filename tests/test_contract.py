@@ -128,13 +128,29 @@ def test_gefen_is_the_chain_of_its_parts(plan):
     )
 
 
+def _assert_close_but_flips(actual, expected):
+    """All within _INJECTED_RTOL, but for the few elements whose rounding it decides otherwise.
+
+    Levels of a dual code's nu are a 32nd of it apart at least, so an error of rtol decides for
+    another one in up to 32 rtol of all cases, and of mu in about half as many; an exact leaf and
+    shared blocks have none of the kind. Another code is the next one: the widest gap between two
+    entries is 0.27 of the largest.
+    """
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a), np.asarray(e)
+        wrong = a != e if a.dtype == np.uint8 else ~np.isclose(a, e, rtol=_INJECTED_RTOL, atol=0)
+        assert wrong.sum() <= 48 * _INJECTED_RTOL * a.size
+        if a.dtype != np.uint8:
+            np.testing.assert_allclose(a[wrong], e[wrong], atol=0.3 * np.abs(e).max(initial=0))
+
+
 def test_inject_hyperparams(factory, plan, tx):
     injected = optax.inject_hyperparams(factory.make)(**factory.number, plan=plan)
     state = jax.jit(injected.init)(_params())
     updates, state = injected.update(_GRADS, state, _params())
     expected, expected_state = tx.update(_GRADS, tx.init(_params()), _params())
-    chex.assert_trees_all_close(updates, expected, rtol=_INJECTED_RTOL)
-    chex.assert_trees_all_close(state.inner_state, expected_state, rtol=_INJECTED_RTOL)
+    _assert_close_but_flips((updates, state.inner_state), (expected, expected_state))
 
 
 def test_init_in_jit_is_init(tx):

@@ -12,7 +12,7 @@ from typing import Any
 
 from _common import RESULTS
 from quality_report import cells, read
-from quality_statistics import by_setup, compare
+from quality_statistics import SETUP, by_setup, compare
 
 README = Path(__file__).parent.parent.parent / "README.md"
 
@@ -91,15 +91,23 @@ def char_lm() -> str:
     )
 
 
+def _parts(setup: tuple[Any, ...]) -> list[str]:
+    """Each field of a setup of the quality bench in words."""
+    units = {"steps": "{} steps", "b2": "b2 {:g}", "grad_dtype": "{} gradients"}
+    return [units.get(name, "{}").format(x) for name, x in zip(SETUP, setup, strict=True)]
+
+
 def quality() -> str:
     """Losses of the quality bench at AdamW's best learning rate, paired differences, bytes."""
-    rows = []
+    rows, usual = [], {}
     for setup, runs in by_setup(read(RESULTS / "quality.jsonl")).items():
+        # The first setup of a task is its own; of others, what is different.
+        first = usual.setdefault(setup[0], setup)
+        parts = [title for title, a, b in zip(_parts(setup), setup, first, strict=True) if a != b]
+        name = ", ".join([setup[0], *parts])
         for of in compare(runs):
             _, loss, difference, own, own_loss, _, seeds, size = cells(of)
-            rows.append(
-                [setup[0], of.variant, loss, difference, f"{own_loss} at {own}", seeds, size]
-            )
+            rows.append([name, of.variant, loss, difference, f"{own_loss} at {own}", seeds, size])
     head = ["task", "", "loss", "less AdamW's", "best of the rates tried", "seeds", "bytes"]
     return _markdown(head, rows)
 

@@ -36,7 +36,7 @@ def fused_gefen(
     backend: str | None = None,
     max_norm: ArrayLike | None = None,
 ) -> FusedGefen:
-    r"""`gefen` and `optax.apply_updates` in one step: less time on large leaves.
+    r"""`gefen` and `optax.apply_updates` in one step, piece by piece through large leaves.
 
     An Optax transformation returns updates, for others to work on; this one applies them itself:
 

@@ -1,0 +1,191 @@
+"""One step of a leaf whose moments are companded, for any rule that needs one or two of them.
+
+Groups are 32 neighbours in row-major order, in a leaf of any shape; the last may be shorter. Where
+32 divides the last axis, that is a block of 32 along it: scales have the leaf's rank, and lie on a
+mesh as it does. Other leaves are taken as vectors, and so are their scales.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt32
+
+from gefen_jax._backend import in_best_form, laid_out_like
+from gefen_jax._blocks import Shape, flat_view, split, split_stats, stats_shape
+from gefen_jax._chunks import Piece, over_pieces
+from gefen_jax._companding import FIRST, SECOND, Coded, decode, encode, round_scale
+from gefen_jax._dither import dither, positions
+from gefen_jax._types import Decay, Step
+
+GROUP = 32
+
+Real = tuple[Float[Array, "..."], ...]
+Kept = tuple[Coded, ...]
+# From gradient and moments, float32, to the update and the new moments.
+Rule = Callable[[Array, Real, Decay], tuple[Array, Real]]
+
+
+class Groups(NamedTuple):
+    """A leaf in groups: the shape that it is taken in, and the block of a group in it."""
+
+    shape: Shape
+    block: Shape
+
+
+def groups_of(shape: Shape) -> Groups:
+    """The groups of a leaf.
+
+    Examples:
+      >>> groups_of((8, 64))
+      Groups(shape=(8, 64), block=(1, 32))
+      >>> groups_of((8, 5))
+      Groups(shape=(40,), block=(32,))
+    """
+    if shape and shape[-1] % GROUP == 0:
+        return Groups(shape, (1,) * (len(shape) - 1) + (GROUP,))
+    size = math.prod(shape)
+    return Groups((size,), (max(1, min(size, GROUP)),))
+
+
+def init(shape: Shape, dtypes: tuple[np.dtype, ...], scale_dtype: DTypeLike) -> Kept:
+    """Moments of 0, each in buffers of its own: the state may be donated."""
+    scales = stats_shape(*groups_of(shape))
+    return tuple(Coded(jnp.zeros(shape, d), jnp.zeros(scales, scale_dtype)) for d in dtypes)
+
+
+def _describe(tree: Any) -> str:
+    leaves = jax.tree.leaves(tree)
+    return ", ".join(f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in leaves) or "nothing"
+
+
+def check_leaf(path: str, g: Any, kept: Any, scale_dtype: DTypeLike) -> None:
+    """The gradient and the moments must be those of one parameter."""
+    shape = jnp.shape(kept[0].code)
+    if jnp.shape(g) != shape or not jnp.issubdtype(jnp.result_type(g), jnp.floating):
+        raise ValueError(
+            f"`updates[{path}]` must be a real floating array of shape {shape}, as at `init`;"
+            f" found {_describe(g)}"
+        )
+    dtypes = (FIRST, SECOND)[: len(kept)]
+    expected = jax.eval_shape(lambda: init(shape, dtypes, scale_dtype))
+    if _describe(expected) != _describe(kept):
+        raise ValueError(
+            f"the moments of `{path}` must be {_describe(expected)}; found {_describe(kept)}. Use"
+            " the `scale_dtype` that the state was made with, and keep its dtypes (no tree.cast)."
+        )
+
+
+def _moments(rule: Rule, g: Array, kept: Kept, decay: Decay) -> tuple[Array, Real]:
+    """Update and moments of a step, float32, before they are rounded."""
+    return rule(g.astype(jnp.float32), tuple(map(decode, kept)), decay)
+
+
+def _encoded(moments: Real, kept: Kept, inside: tuple[int, ...]) -> Kept:
+    """Moments in the place of those that are kept, with scales in float32."""
+    pairs = zip(moments, kept, strict=True)
+    return tuple(encode(x, old.code.dtype, inside) for x, old in pairs)
+
+
+def _advance(
+    rule: Rule, g: Array, kept: Kept, block: Shape, step: Step, *, chunk: int | None = None
+) -> tuple[Array, Kept]:
+    """Update and moments of a leaf a step later. Runs must divide their axis."""
+    blocked, inside = split(g, block)
+
+    def seen(x: Array) -> Array:
+        is_leaf = x.shape == g.shape
+        return x.reshape(blocked.shape) if is_leaf else split_stats(x, g.shape, block)
+
+    old = jax.tree.map(seen, kept)
+    update, moments = _moments(rule, blocked, old, step.decay)
+    if chunk is None:
+        new = _encoded(moments, old, inside)
+        new = jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
+    else:
+        # The moments are computed once more: an update that the loop had to write would be a leaf
+        # of its own, where XLA fuses this one with what follows.
+        new = _encoded_in_pieces(rule, g, kept, block, step.decay, chunk)
+    return update.astype(g.dtype).reshape(g.shape), new
+
+
+def _encoded_in_pieces(
+    rule: Rule, g: Array, kept: Kept, block: Shape, decay: Decay, chunk: int
+) -> Kept:
+    """The moments of a leaf a step later, in pieces: temporaries of one, and the codes in place."""
+    view = flat_view(g.shape, block)
+
+    def flat(x: Array) -> Array:
+        return x.reshape(view.shape if x.size == g.size else view.stats_shape)
+
+    flat_g, scales = flat(g), [flat(x.scale) for x in kept]
+
+    def body(piece: Piece, arrays: Kept) -> Kept:
+        def old_scale(x: Array) -> Array:
+            tied, x = piece.tied(x)
+            return tied.read_stats(x)
+
+        old = tuple(
+            Coded(piece.read(x.code), old_scale(s)) for x, s in zip(arrays, scales, strict=True)
+        )
+        tied, fixed = piece.tied(flat_g)
+        new = _encoded(_moments(rule, tied.read(fixed), old, decay)[1], old, (1,))
+        return tuple(
+            Coded(piece.write(x.code, n.code), piece.write_stats(x.scale, n.scale))
+            for x, n in zip(arrays, new, strict=True)
+        )
+
+    # New scales are arrays of their own. If they replaced those that are read, XLA would copy them
+    # at every turn, to have the old ones while it computes the codes.
+    start = tuple(Coded(flat(x.code), jnp.zeros(view.stats_shape, jnp.float32)) for x in kept)
+    new = over_pieces(view, body, start, chunk)
+    return jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
+
+
+_NO_TABLE: Any = None  # `in_best_form` hands a `Step` on; these codes are looked up nowhere
+
+
+def _update(
+    rule: Rule, g: Array, kept: Kept, decay: Decay, phase: UInt32[Array, "two"]
+) -> tuple[Array, Kept]:
+    shape, block = groups_of(g.shape)
+    step = Step(decay, _NO_TABLE, _NO_TABLE, _NO_TABLE, False, False, None)
+    g, kept = _refuse_gradient((g, kept))
+    seen = tuple(Coded(x.code.reshape(shape), x.scale) for x in kept)
+    advance = functools.partial(_advance, rule)
+    update, new = in_best_form(advance, g.reshape(shape), seen, block, step)
+    # The first moment gets the second fraction, as in `gefen_jax._dual_step`.
+    words = reversed(dither(phase, positions(stats_shape(shape, block))))
+    stored = (
+        Coded(x.code.reshape(g.shape), round_scale(x.scale, old.scale.dtype, word))
+        for x, old, word in zip(new, kept, words, strict=False)
+    )
+    return update.reshape(g.shape), tuple(stored)
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def update_leaf(g, kept, decay, phase, *, rule):
+    """Update, in the gradient's dtype, and new moments of one leaf, on any mesh.
+
+    Jitted so that leaves of equal shape are traced and lowered once.
+    """
+    return laid_out_like(g, functools.partial(_update, rule), g, kept, decay, phase)
+
+
+@jax.custom_jvp
+def _refuse_gradient(x: Any) -> Any:
+    """The identity, which nobody may differentiate."""
+    return x
+
+
+@_refuse_gradient.defjvp
+def _refuse_gradient_jvp(primals: Any, tangents: Any) -> NoReturn:
+    raise NotImplementedError(
+        "companded moments have no useful derivative: the update cannot be differentiated with"
+        " respect to gradients or state. Use optax's own optimizer where you need it."
+    )

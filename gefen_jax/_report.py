@@ -1,43 +1,58 @@
-"""What an optimizer's state weighs."""
+"""What training holds in memory: an optimizer's state, and the weights and gradients beside it."""
 
 import dataclasses
+import math
 from collections import defaultdict
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gefen_jax._flash import ScaleByFlashAdamState, ScaleByFlashMomentumState
+from gefen_jax._microadam import ScaleByMicroAdamState
 from gefen_jax._muon import ScaleByGefenMuonState
-from gefen_jax._paths import path_name
+from gefen_jax._paths import named_leaves
 from gefen_jax._split_weights import SplitWeightsState
 from gefen_jax._transform import ScaleByGefenState
-from gefen_jax._types import Moments
 
-_STATES = (ScaleByGefenState, ScaleByGefenMuonState, SplitWeightsState)
-_SLOTS = (*Moments._fields, "correction")
+_STATES = (
+    ScaleByFlashAdamState,
+    ScaleByFlashMomentumState,
+    ScaleByGefenMuonState,
+    ScaleByGefenState,
+    ScaleByMicroAdamState,
+    SplitWeightsState,
+)
+# Fields of a state that are no trees like the parameters.
+_GLOBAL = frozenset({"count", "codebook", "codebook4"})
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """Bytes of an optimizer state.
+    """Bytes of an optimizer state, and of what was given beside it.
 
     Attributes:
       total_bytes: All of it, other transformations of a chain included.
-      by_field: Bytes of every field of the Gefen states, of the corrections of split weights, and
-        of all else as "other".
-      by_tensor: Bytes of mu, scale, nu and correction of every parameter, by its path.
+      by_field: Bytes of every field of this package's states, of all else in the state as "other",
+        and of "weights" and "gradients" where they were given.
+      by_tensor: Bytes of every parameter's part of all of these but "other", by its path.
+      bytes_per_param: ``total_bytes`` over the number of parameters; None if they were not given.
     """
 
     total_bytes: int
     by_field: dict[str, int]
     by_tensor: dict[str, int]
+    bytes_per_param: float | None = None
 
 
-def memory_report(opt_state: Any) -> MemoryReport:
-    """Counts the bytes of an optimizer state that holds Gefen states anywhere.
+def memory_report(opt_state: Any, params: Any = None, grads: Any = None) -> MemoryReport:
+    """Counts the bytes of an optimizer state, and of the weights and gradients that go with it.
 
     Args:
-      opt_state: Any optimizer state: arrays or `jax.ShapeDtypeStruct`s (from `jax.eval_shape`).
+      opt_state: Any optimizer state that holds states of this package anywhere: arrays or
+        `jax.ShapeDtypeStruct`s (from `jax.eval_shape`).
+      params: The parameters, to be counted too; None to leave them out.
+      grads: The gradients, alike. Often ``params`` once more: gradients have their dtypes.
 
     Returns:
       A `MemoryReport`; bytes are those of whole arrays, over all devices.
@@ -57,33 +72,46 @@ def memory_report(opt_state: Any) -> MemoryReport:
       mu 1048576
       scale 16384
       nu 4096
-      correction 0
       other 0
-      >>> gx.memory_report(gx.gefen_muon(1e-3, bits=4).init(params)).by_tensor
-      {'w': 589824}
+      >>> weights, _ = gx.split_weights(params)
+      >>> state = gx.with_split_weights(gx.gefen(1e-3)).init(params)
+      >>> print(round(gx.memory_report(state, weights, weights).bytes_per_param, 2))
+      6.02
     """
-    by_field = dict.fromkeys((*ScaleByGefenState._fields, "correction", "other"), 0)
+    by_field: dict[str, int] = defaultdict(int)
     by_tensor: dict[str, int] = defaultdict(int)
+    other = 0
+
+    def count(field: str, tree: Any) -> None:
+        by_field[field] += _nbytes(tree)
+        if field not in _GLOBAL:
+            for path, leaf in named_leaves(tree):
+                by_tensor[path] += _nbytes(leaf)
 
     def visit(node: Any) -> None:
+        nonlocal other
         if not isinstance(node, _STATES):
-            by_field["other"] += _nbytes(node)
+            other += _nbytes(node)
             return
         for field in node._fields:
-            if field != "inner":
-                by_field[field] += _nbytes(getattr(node, field))
-        for slot in _SLOTS:
-            for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(node, slot, None))[0]:
-                by_tensor[path_name(path)] += _nbytes(leaf)
-        if isinstance(node, SplitWeightsState):
-            walk(node.inner)
+            if field == "inner":
+                walk(getattr(node, field))
+            else:
+                count(field, getattr(node, field))
 
     def walk(tree: Any) -> None:
         jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, _STATES))
 
     walk(opt_state)
-    return MemoryReport(sum(by_field.values()), by_field, dict(by_tensor))
+    by_field["other"] = other
+    for field, tree in (("weights", params), ("gradients", grads)):
+        if tree is not None:
+            count(field, tree)
+    total = sum(by_field.values())
+    size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
+    per_param = total / size if size else None
+    return MemoryReport(total, dict(by_field), dict(by_tensor), per_param)
 
 
 def _nbytes(tree: Any) -> int:
-    return sum(x.size * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
+    return sum(math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))

@@ -53,7 +53,8 @@ def check_number(name: str, value: Any, low: float, high: float, *, open_end: bo
         raise ValueError(f"`{name}` must lie in [{low}, {high}{bracket}, got {value}")
 
 
-def _decay(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
+def decay_at(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
+    """The scalars of the step that this count numbers, from 1."""
     # `1 - b ** t` as Optax writes it, so that exact leaves are Adam to the last bit.
     following = jnp.asarray(optax.safe_increment(count), jnp.float32)
     count = count.astype(jnp.float32)
@@ -259,7 +260,7 @@ def step_leaves(
         check_state(spec, kinds[spec.path], old)
     count = optax.safe_increment(state.count)
     arrays: dict[str, Any] = {
-        "decay": _decay(recipe.b1, recipe.b2, recipe.eps, recipe.eps_root, count),
+        "decay": decay_at(recipe.b1, recipe.b2, recipe.eps, recipe.eps_root, count),
         "encoder": make_encoder(state.codebook),
         "levels": make_levels(state.codebook4),
     }

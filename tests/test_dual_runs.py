@@ -37,7 +37,7 @@ import gefen_jax as gx
 from gefen_jax._dither import leaf_phases
 from gefen_jax._dual_step import advance_dual
 from gefen_jax._levels import make_levels
-from gefen_jax._transform import _decay
+from gefen_jax._transform import decay_at
 from gefen_jax._types import Moments, Step
 
 # One result, in whatever form ---------------------------------------------------------------------
@@ -61,7 +61,7 @@ def _assert_same_but_for_a_group(ours: Moments, theirs: Moments, block: tuple[in
 @functools.partial(jax.jit, static_argnames=("block", "chunk"))
 def _advance(g, state, count, block, chunk):
     step = Step(
-        decay=_decay(0.9, 0.999, 1e-8, 0.0, count),
+        decay=decay_at(0.9, 0.999, 1e-8, 0.0, count),
         encoder=None,  # pyright: ignore[reportArgumentType] (that of codes of 8 bits)
         levels=make_levels(jnp.asarray(BUILTIN)),
         phase=leaf_phases(["w"], count)[0],

@@ -75,10 +75,12 @@ def _explained(y: Float[Array, "*shape"], blocks: tuple[Shape, ...]) -> Float[Ar
     return jnp.stack(variances)
 
 
-def find_evidence(grads: tuple[Array, ...]) -> tuple[Evidence, tuple[Shape, ...]]:
-    """The evidence in one leaf's gradients, and the blocks that it speaks of."""
+def find_evidence(
+    grads: tuple[Array, ...], local: Shape | None = None
+) -> tuple[Evidence, tuple[Shape, ...]]:
+    """The evidence in one leaf's gradients, and the blocks, in its shards, that it speaks of."""
     shape = grads[0].shape
-    blocks = tuple(b for b in candidate_blocks(shape) if runs_divide(shape, b))
+    blocks = tuple(b for b in candidate_blocks(shape, local) if runs_divide(shape, b))
     finite, zero, explained = replicated(_evidence, *grads, blocks=blocks or (shape,))
     adjusted = tuple(
         float((r - 1 / n) / (1 - 1 / n))
@@ -87,18 +89,20 @@ def find_evidence(grads: tuple[Array, ...]) -> tuple[Evidence, tuple[Shape, ...]
     return Evidence(bool(finite), bool(zero), adjusted), blocks
 
 
-def choose_block(shape: Shape, blocks: tuple[Shape, ...], evidence: Evidence) -> tuple[Shape, str]:
+def choose_block(
+    shape: Shape, blocks: tuple[Shape, ...], evidence: Evidence, local: Shape | None = None
+) -> tuple[Shape, str]:
     """The block of a leaf and the reason."""
-    by_shape = block_by_shape(shape)
+    by_shape = block_by_shape(shape, local)
     if evidence.zero:
-        return by_shape, f"zero gradient: by shape, {describe_block(shape, by_shape)}"
+        return by_shape, f"zero gradient: by shape, {describe_block(shape, by_shape, local)}"
     if not blocks:
-        return by_shape, f"no run divides {shape}: {describe_block(shape, by_shape)}"
+        return by_shape, f"no run divides {shape}: {describe_block(shape, by_shape, local)}"
     best = max(evidence.explained)
     if not best >= _NO_STRUCTURE:
-        return by_shape, f"no structure: {describe_block(shape, by_shape)}"
+        return by_shape, f"no structure: {describe_block(shape, by_shape, local)}"
     near = [i for i, r in enumerate(evidence.explained) if r >= _NEAR_BEST * best]
     chosen = min(near, key=lambda i: (distance_to_target(blocks[i]), -evidence.explained[i]))
     share = evidence.explained[chosen]
-    words = describe_block(shape, blocks[chosen])
+    words = describe_block(shape, blocks[chosen], local)
     return blocks[chosen], f"peak at {words}: {share:.0%} of the variance of log g^2"

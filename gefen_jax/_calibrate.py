@@ -7,11 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh
 
 from gefen_jax import _codebook
 from gefen_jax._axis_rule import choose_block, find_evidence
+from gefen_jax._blocks import Shape
 from gefen_jax._builtin import builtin_codebook
-from gefen_jax._candidates import block_by_shape, decided_by_size, describe_block
+from gefen_jax._candidates import (
+    block_by_shape,
+    decided_by_size,
+    describe_block,
+    exact_if_none_fits,
+)
 from gefen_jax._constants import HISTOGRAM_BINS
 from gefen_jax._flat_periods import FlatPeriods
 from gefen_jax._histogram import count_normalised, count_reference
@@ -19,6 +26,7 @@ from gefen_jax._paths import LeafSpec, leaf_spec, named_leaves
 from gefen_jax._period import find_period, scale_group
 from gefen_jax._plan import LeafPlan, Plan
 from gefen_jax._shared_blocks import SharedBlocks
+from gefen_jax._specs import shard_shapes
 from gefen_jax._types import Kind
 
 
@@ -28,7 +36,12 @@ class _Leaf(NamedTuple):
 
 
 def calibrate(
-    params: Any, grads: Any | Sequence[Any], *, rule: Literal["axis", "reference"] = "axis"
+    params: Any,
+    grads: Any | Sequence[Any],
+    *,
+    rule: Literal["axis", "reference"] = "axis",
+    specs: Any = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Plan:
     r"""Infers the blocks of every leaf and learns the codebook, from one gradient or several.
 
@@ -47,14 +60,19 @@ def calibrate(
       grads: A gradient of the same structure, or a list or tuple of them: squared gradients are
         averaged and histograms added. Leaves that are not floats have no state and are skipped; a
         None gradient of a float leaf counts as no evidence.
-      rule: "axis" or "reference".
+      rule: "axis" or "reference", which knows nothing of meshes.
+      specs: Where the optimizer's state will lie, as in `state_sharding`: no block crosses a shard.
+        Without, it is where the parameters lie; of those that are not cut, where the first gradient
+        does.
+      mesh: The mesh that the ``specs`` are for; it may be abstract.
 
     Returns:
       A `Plan`, which says for every leaf why it got its blocks.
 
     Raises:
       ValueError: If a gradient holds NaN or inf, or does not match the parameters; the message
-        names the first leaf. Nothing is kept of a failed calibration.
+        names the first leaf; for specs that do not fit the parameters. Nothing is kept of a
+        failed calibration.
       TypeError: For complex leaves, and inside `jit`.
 
     Examples:
@@ -73,7 +91,10 @@ def calibrate(
     if rule not in ("axis", "reference"):
         raise ValueError(f'`rule` must be "axis" or "reference", got {rule!r}')
     leaves = _matched(params, grads)
-    plans = _axis_leaves(leaves) if rule == "axis" else _reference_leaves(leaves)
+    if rule == "axis":
+        plans = _axis_leaves(leaves, _shards(leaves, params, specs, mesh))
+    else:
+        plans = _reference_leaves(leaves)
     histogram = np.zeros(HISTOGRAM_BINS, np.int64)
     for leaf, plan in zip(leaves, plans, strict=True):
         for g in leaf.grads:
@@ -85,6 +106,16 @@ def calibrate(
     if codebook is None:
         codebook, reason = builtin_codebook(), _why_builtin(histogram)
     return Plan(tuple(plans), tuple(np.asarray(codebook).tolist()), reason, rule)
+
+
+def _shards(leaves: list[_Leaf], params: Any, specs: Any, mesh: Any) -> dict[str, Shape]:
+    """What a device will hold of every leaf."""
+    shards = shard_shapes(params, specs, mesh)
+    if specs is None:
+        for spec, grads in leaves:
+            if grads and shards[spec.path] == spec.shape:
+                shards |= {spec.path: shard_shapes(grads[0], None, mesh)["."]}
+    return shards
 
 
 def _count(kind: Kind, g: Any) -> np.ndarray | int:
@@ -161,23 +192,25 @@ def _not_finite(path: str) -> ValueError:
     )
 
 
-def _axis_leaves(leaves: list[_Leaf]) -> list[LeafPlan]:
+def _axis_leaves(leaves: list[_Leaf], shards: dict[str, Shape]) -> list[LeafPlan]:
     decided = decided_by_size([leaf.spec for leaf in leaves])
     plans = []
     for spec, grads in leaves:
-        if spec.path in decided:
-            kind, reason = decided[spec.path]
+        local = shards[spec.path]
+        without_blocks = decided.get(spec.path) or exact_if_none_fits(spec.shape, local)
+        if without_blocks is not None:
+            kind, reason = without_blocks
             if not all(bool(jnp.all(jnp.isfinite(g))) for g in grads):
                 raise _not_finite(spec.path)
         elif not grads:
-            block = block_by_shape(spec.shape)
+            block = block_by_shape(spec.shape, local)
             kind = SharedBlocks(block)
-            reason = f"no gradient: by shape, {describe_block(spec.shape, block)}"
+            reason = f"no gradient: by shape, {describe_block(spec.shape, block, local)}"
         else:
-            evidence, blocks = find_evidence(tuple(map(jnp.asarray, grads)))
+            evidence, blocks = find_evidence(tuple(map(jnp.asarray, grads)), local)
             if not evidence.finite:
                 raise _not_finite(spec.path)
-            block, reason = choose_block(spec.shape, blocks, evidence)
+            block, reason = choose_block(spec.shape, blocks, evidence, local)
             kind = SharedBlocks(block)
         plans.append(LeafPlan(spec.path, spec.shape, kind, reason))
     return plans

@@ -1,4 +1,9 @@
-"""Which blocks a leaf may get, and which one it gets when nothing but its shape is known."""
+"""Which blocks a leaf may get, and which one it gets when nothing but its shape is known.
+
+On a mesh a device holds a shard of a leaf, of a shape that is called ``local`` here. A block fits
+if its shape divides ``local``: then no block crosses shards, and statistics with one entry per
+block can be cut as the leaf is.
+"""
 
 import math
 from collections.abc import Mapping
@@ -28,31 +33,37 @@ _OUTPUT_NAMES = frozenset(
     "head lm_head output_head logits logits_dense to_logits unembed unembedding".split()
 )
 
+# The least elements of a block that is a narrow shard as it is: it costs half a byte per parameter.
+_NARROW = 16
+
 
 def _divisors(n: int) -> list[int]:
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
-def _spans(shape: Shape) -> list[tuple[int, int, int]]:
-    """(axis, end, elements per index of the cut axis) of every cut that a leaf admits."""
+def _spans(shape: Shape, local: Shape) -> list[tuple[int, int, int]]:
+    """(axis, end, elements per index of the cut axis) of every cut that a shard admits."""
     return [
         (axis, end, math.prod(shape[axis + 1 : end + 1]))
         for axis in range(len(shape))
         for end in range(axis, len(shape))
+        if shape[axis + 1 : end + 1] == local[axis + 1 : end + 1]
     ]
 
 
-def candidate_blocks(shape: Shape) -> list[Shape]:
-    """Boxes of MIN_BLOCK to MAX_BLOCK elements whose runs divide their axis.
+def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
+    """Boxes of MIN_BLOCK to MAX_BLOCK elements whose runs divide their axis, and fit the shards.
 
     Of every cut, the runs nearest to each power of two in that range: a highly composite axis has
     dozens of divisors, which say no more. A leaf that has none (a long vector of prime length)
-    gets runs of about TARGET_BLOCK elements with a shorter last one.
+    gets runs of about TARGET_BLOCK elements with a shorter last one. A narrow shard may be a run
+    as it is; below _NARROW elements there is none.
     """
+    local = shape if local is None else local
     blocks = set()
-    for axis, end, whole in _spans(shape):
-        sizes = [d * whole for d in _divisors(shape[axis]) if MIN_BLOCK <= d * whole <= MAX_BLOCK]
+    for axis, end, whole in _spans(shape, local):
+        sizes = [d * whole for d in _divisors(local[axis]) if MIN_BLOCK <= d * whole <= MAX_BLOCK]
         goal = MIN_BLOCK
         while sizes and goal <= MAX_BLOCK:
             size = min(sizes, key=lambda n: abs(math.log2(n / goal)))  # noqa: B023 (used at once)
@@ -60,9 +71,15 @@ def candidate_blocks(shape: Shape) -> list[Shape]:
             goal *= 2
     if not blocks:
         blocks = {
+            make_block(shape, Cut(axis, end, local[axis]))
+            for axis, end, whole in _spans(shape, local)
+            if local[axis] < shape[axis] and _NARROW <= local[axis] * whole < MIN_BLOCK
+        }
+    if not blocks:
+        blocks = {
             make_block(shape, Cut(axis, end, min(shape[axis], -(-TARGET_BLOCK // whole))))
-            for axis, end, whole in _spans(shape)
-            if whole < MIN_BLOCK <= shape[axis] * whole
+            for axis, end, whole in _spans(shape, local)
+            if whole < MIN_BLOCK <= shape[axis] * whole and local[axis] == shape[axis]
         }
     return sorted(blocks)
 
@@ -72,8 +89,8 @@ def distance_to_target(block: Shape, target: int = TARGET_BLOCK) -> float:
     return abs(math.log2(block_size(block) / target))
 
 
-def block_by_shape(shape: Shape) -> Shape:
-    """The block of a leaf about which nothing is known.
+def block_by_shape(shape: Shape, local: Shape | None = None) -> Shape:
+    """The block of a leaf about which nothing is known; it must have candidates.
 
     Runs of one axis before boxes over several (rows may differ in size), the last axis first (it
     is contiguous, and the features of an embedding), then the size nearest to the target.
@@ -83,10 +100,10 @@ def block_by_shape(shape: Shape) -> Shape:
         axis, end, _ = read_cut(shape, block)
         return axis < end, -end, distance_to_target(block)
 
-    return min(candidate_blocks(shape), key=preference)
+    return min(candidate_blocks(shape, local), key=preference)
 
 
-def describe_block(shape: Shape, block: Shape) -> str:
+def describe_block(shape: Shape, block: Shape, local: Shape | None = None) -> str:
     """A block in words, e.g. "256 along axis 1", "9 x 64 along axes 0 to 2"."""
     axis, end, _ = read_cut(shape, block)
     sizes = " x ".join(str(b) for b in block[axis : end + 1])
@@ -94,7 +111,8 @@ def describe_block(shape: Shape, block: Shape) -> str:
         where = "the last axis" if end == len(shape) - 1 else f"axis {axis}"
     else:
         where = f"axes {axis} to {end}"
-    return f"{sizes} along {where}"
+    shards = "" if local in (None, shape) else f", in shards of {local}"
+    return f"{sizes} along {where}{shards}"
 
 
 def decided_by_size(specs: list[LeafSpec]) -> dict[str, tuple[Kind, str]]:
@@ -113,6 +131,16 @@ def decided_by_size(specs: list[LeafSpec]) -> dict[str, tuple[Kind, str]]:
     return decided
 
 
+def exact_if_none_fits(shape: Shape, local: Shape) -> tuple[Kind, str] | None:
+    """Exact moments for a leaf whose shards are too narrow for blocks; None if some block fits.
+
+    They lie as the leaf does and need no communication, and a leaf in such shards is small.
+    """
+    if candidate_blocks(shape, local):
+        return None
+    return Exact(), f"no block fits shards of {local}"
+
+
 def _is_output_layer(spec: LeafSpec) -> bool:
     """Whether a matrix has one column per token or class, as far as shape and name tell."""
     if len(spec.shape) != 2:
@@ -122,19 +150,23 @@ def _is_output_layer(spec: LeafSpec) -> bool:
     return columns > OUTPUT_LAYER * rows or (named and columns > rows)
 
 
-def dual_block(spec: LeafSpec, pair_axis: int | None = None) -> Shape | None:
+def dual_block(
+    spec: LeafSpec, pair_axis: int | None = None, local: Shape | None = None
+) -> Shape | None:
     """The block of a dual code: a run of the last axis, of about DUAL_BLOCK elements.
 
     Pairs of the last axis cost least: there are the features of a layer's output, and of one row
     of an embedding. A shorter last axis is taken whole, with a run of the axis before it, and so
     on, but of the first axis only if nothing else is left: the rows of an embedding have seen very
     different numbers of gradients. For that reason an output layer has runs of its first axis.
-    Runs of the ``pair_axis`` are preferred to all of these. None if no such block divides the leaf
-    in pairs.
+    Runs of the ``pair_axis`` are preferred to all of these. A narrow shard may be a run as it is.
+    None if no such block divides the leaf's shards in pairs.
     """
     shape, last = spec.shape, len(spec.shape) - 1
+    local = shape if local is None else local
+    spans = {(axis, end): whole for axis, end, whole in _spans(shape, local)}
     axis = last
-    while axis > 1 and math.prod(shape[axis:]) < DUAL_BLOCK:
+    while axis > 1 and local[axis] == shape[axis] and math.prod(local[axis:]) < DUAL_BLOCK:
         axis -= 1
     cuts = [(i, last) for i in range(axis, -1, -1)] + [(i, i) for i in range(last - 1, -1, -1)]
     if pair_axis is None and _is_output_layer(spec):
@@ -142,11 +174,16 @@ def dual_block(spec: LeafSpec, pair_axis: int | None = None) -> Shape | None:
     if pair_axis not in (None, last):
         cuts.insert(0, (pair_axis, pair_axis))
     for axis, end in cuts:
-        whole = math.prod(shape[axis + 1 : end + 1])
+        if (axis, end) not in spans:
+            continue
+        whole = spans[axis, end]
+        least = DUAL_MIN
+        if local[axis] < shape[axis]:
+            least = min(DUAL_MIN, max(_NARROW, local[axis] * whole))
         blocks = [
             block
-            for run in _divisors(shape[axis])
-            if DUAL_MIN <= run * whole <= DUAL_MAX
+            for run in _divisors(local[axis])
+            if least <= run * whole <= DUAL_MAX
             and paired_axis(block := make_block(shape, Cut(axis, end, run))) is not None
         ]
         if blocks:
@@ -154,25 +191,32 @@ def dual_block(spec: LeafSpec, pair_axis: int | None = None) -> Shape | None:
     return None
 
 
-def dual_code(spec: LeafSpec, pair_axis: int | None = None) -> tuple[Kind, str]:
+def dual_code(
+    spec: LeafSpec, pair_axis: int | None = None, local: Shape | None = None
+) -> tuple[Kind, str]:
     """The dual code of a leaf, from shape and name; shared blocks where it has no pairs."""
-    block = dual_block(spec, pair_axis)
+    block = dual_block(spec, pair_axis, local)
     if block is None:
-        kind, reason = shared_blocks(spec)
+        kind, reason = shared_blocks(spec, local=local)
         return kind, f"no even runs for a dual code, {reason}"
     why = "by shape"
     if paired_axis(block) == pair_axis:
         why = "as asked"
     elif paired_axis(block) == 0 and _is_output_layer(spec):
         why = "an output layer"
-    return DualCode(block), f"{why}: {describe_block(spec.shape, block)}"
+    return DualCode(block), f"{why}: {describe_block(spec.shape, block, local)}"
 
 
-def shared_blocks(spec: LeafSpec, pair_axis: int | None = None) -> tuple[Kind, str]:
+def shared_blocks(
+    spec: LeafSpec, pair_axis: int | None = None, local: Shape | None = None
+) -> tuple[Kind, str]:
     """The shared blocks of a leaf about whose gradient nothing is known; it has no pairs."""
     del pair_axis
-    block = block_by_shape(spec.shape)
-    return SharedBlocks(block), f"by shape: {describe_block(spec.shape, block)}"
+    exact = exact_if_none_fits(spec.shape, spec.shape if local is None else local)
+    if exact is not None:
+        return exact
+    block = block_by_shape(spec.shape, local)
+    return SharedBlocks(block), f"by shape: {describe_block(spec.shape, block, local)}"
 
 
 KINDS_BY_SHAPE = {DualCode.name: dual_code, SharedBlocks.name: shared_blocks}
@@ -182,11 +226,13 @@ def kinds_by_shape(
     specs: list[LeafSpec],
     kind: str = DualCode.name,
     pair_axes: Mapping[str, int] | None = None,
+    shards: Mapping[str, Shape] | None = None,
 ) -> dict[str, tuple[Kind, str]]:
-    """A kind and its reason for every leaf, from shapes, names and axes of pairs by path."""
+    """A kind and its reason for every leaf; by path, axes of pairs and shapes of shards."""
     decided = decided_by_size(specs)
     for spec in specs:
         if spec.path not in decided:
             axis = (pair_axes or {}).get(spec.path)
-            decided[spec.path] = KINDS_BY_SHAPE[kind](spec, axis)
+            local = (shards or {}).get(spec.path)
+            decided[spec.path] = KINDS_BY_SHAPE[kind](spec, axis, local)
     return decided

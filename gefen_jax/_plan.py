@@ -12,14 +12,17 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from gefen_jax._blocks import Shape
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._candidates import KINDS_BY_SHAPE, kinds_by_shape
 from gefen_jax._constants import CODES, LEVELS
 from gefen_jax._encoder import lookup_is_exact
+from gefen_jax._flat_periods import FlatPeriods
 from gefen_jax._kinds import KINDS
 from gefen_jax._paths import LeafSpec, param_specs
+from gefen_jax._specs import shard_shapes
 from gefen_jax._types import Kind
 from gefen_jax._untrained import Untrained
 
@@ -266,6 +269,45 @@ class Plan:
         if self.codebook != saved.codebook:
             raise ValueError(f"`{name}` is another plan: it has another codebook. {advice}")
 
+    def across_shards(
+        self, params: Any, specs: Any = None, *, mesh: Mesh | AbstractMesh | None = None
+    ) -> dict[str, str]:
+        """The leaves whose blocks would cross shards: a plan made for one mesh, used on another.
+
+        The steps of such leaves are right, but they communicate, and statistics that do not divide
+        are replicated. `replan` takes a state to a plan whose blocks fit.
+
+        Args:
+          params: The parameters, or their `jax.ShapeDtypeStruct`s.
+          specs: Where they lie, as in `state_sharding`; None to ask the parameters.
+          mesh: The mesh that the ``specs`` are for; it may be abstract.
+
+        Returns:
+          What crosses what, by path; empty if every block fits, as on one device.
+
+        Raises:
+          ValueError: For a leaf that the plan does not know or knows with another shape; for specs
+            that do not fit the parameters.
+
+        Examples:
+          >>> import jax, jax.numpy as jnp
+          >>> from jax.sharding import AbstractMesh, PartitionSpec as P
+          >>> import gefen_jax as gx
+          >>> params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
+          >>> where = {"specs": {"w": P(None, "tensor")}, "mesh": AbstractMesh((8,), ("tensor",))}
+          >>> gx.plan_by_shape(params).across_shards(params, **where)
+          {'w': 'blocks of 1x256 cross shards of (512, 128)'}
+          >>> gx.plan_by_shape(params, **where).across_shards(params, **where)
+          {}
+        """
+        leaves = param_specs(params)
+        kinds, shards = self.kinds(leaves), shard_shapes(params, specs, mesh)
+        return {
+            path: f"blocks of {kinds[path].describe()} cross shards of {shards[path]}"
+            for path, shape, _ in leaves
+            if not _fits(kinds[path], shape, shards[path])
+        }
+
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
         """Reads a plan that `save` wrote.
@@ -294,6 +336,15 @@ class Plan:
             raise ValueError(
                 f"`{os.fspath(path)}` is not a readable plan: {type(error).__name__}: {error}"
             ) from error
+
+
+def _fits(kind: Kind, shape: Shape, local: Shape) -> bool:
+    """Whether no block of a leaf crosses shards of the shape ``local``."""
+    if isinstance(kind, FlatPeriods):
+        return local == shape  # its runs go over all axes
+    # Along an axis that is not cut the last run may be shorter.
+    block = kind.scale_block or (1,) * len(shape)
+    return all(s == d or s % b == 0 for d, s, b in zip(shape, local, block, strict=True))
 
 
 def _read_leaf(data: dict[str, Any]) -> LeafPlan:
@@ -327,11 +378,18 @@ def plan_by_shape(
     *,
     kind: Literal["dual_code", "shared_blocks"] = "dual_code",
     pair_axis: Mapping[str, int] | None = None,
+    specs: Any = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Plan:
-    """A plan from shapes alone; with the dual code, the one that `gefen` uses when given none.
+    """A plan from shapes; with the dual code and on no mesh, what `gefen` uses when given none.
+
+    On a mesh, no block crosses a shard: its shape divides that of what a device holds. So a step
+    needs no communication, and statistics lie as their parameters do. A leaf whose shards are too
+    narrow for any block keeps exact moments. A plan fits on every mesh with coarser shards, too.
 
     Args:
-      params: The parameters, or their `jax.ShapeDtypeStruct`s.
+      params: The parameters, or their `jax.ShapeDtypeStruct`s; where they have a
+        `jax.sharding.NamedSharding`, it says where they lie.
       kind: What the leaves that are not small get: "dual_code" (both moments in one byte per
         element; shared blocks where no axis has even runs) or "shared_blocks" (one second moment
         per block, with the built-in codebook; `calibrate` chooses better blocks).
@@ -340,6 +398,11 @@ def plan_by_shape(
         a layer in Flax, but the first of an output layer (by name, or with far more columns than
         rows). equinox keeps the outputs of a `Linear` along the first axis:
         ``{"*linear*weight": 0}``. The last pattern that matches decides.
+      specs: Where the optimizer's state will lie, if not as the parameters say: a tree like theirs,
+        or a prefix, of `jax.sharding.PartitionSpec` or `jax.sharding.NamedSharding`. Needed inside
+        `jax.jit` on Auto axes, where tracers do not say it, and where only the state is cut
+        (ZeRO-1).
+      mesh: The mesh that the ``specs`` are for; it may be a `jax.sharding.AbstractMesh`.
 
     Returns:
       A `Plan` with rule "shape".
@@ -347,7 +410,8 @@ def plan_by_shape(
     Raises:
       TypeError: For a complex leaf.
       ValueError: For a kind that shapes alone cannot give; for a pattern that matches nothing, or
-        a leaf without that axis.
+        a leaf without that axis; for a parameter, by name, that its sharding does not divide, and
+        for specs of another structure or without a mesh.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -359,10 +423,16 @@ def plan_by_shape(
       1.008
       >>> gx.plan_by_shape(params, pair_axis={"w": 0})["w"].kind
       DualCode(block=(256, 1))
+      >>> from jax.sharding import AbstractMesh, PartitionSpec as P
+      >>> mesh = AbstractMesh((32,), ("tensor",))
+      >>> plan = gx.plan_by_shape(params, specs={"w": P(None, "tensor")}, mesh=mesh)
+      >>> plan["w"].reason
+      'by shape: 128 along the last axis, in shards of (4096, 128)'
     """
     if kind not in KINDS_BY_SHAPE:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS_BY_SHAPE)}, got {kind!r}")
-    specs = param_specs(params)
-    kinds = kinds_by_shape(specs, kind, _axes_by_path(specs, pair_axis or {}))
-    leaves = tuple(LeafPlan(s.path, s.shape, *kinds[s.path]) for s in specs)
+    named = param_specs(params)
+    pair_axes, shards = _axes_by_path(named, pair_axis or {}), shard_shapes(params, specs, mesh)
+    kinds = kinds_by_shape(named, kind, pair_axes, shards)
+    leaves = tuple(LeafPlan(s.path, s.shape, *kinds[s.path]) for s in named)
     return Plan(leaves, builtin_codebook(), "built in", "shape")

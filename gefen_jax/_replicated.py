@@ -27,11 +27,11 @@ def _jitted(function: Callable[..., Any], static: tuple[Any, ...], mesh: Mesh | 
     bound = functools.partial(function, **dict(static))
     if mesh is None:
         return jax.jit(bound)
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    inside: Any = jax.sharding.auto_axes(bound, out_sharding=PartitionSpec())
+    compiled = jax.jit(inside, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def on_mesh(*arrays: Array) -> Any:
         with jax.set_mesh(mesh):
-            inside = jax.sharding.auto_axes(bound, out_sharding=PartitionSpec())
-            return jax.jit(inside, out_shardings=everywhere)(*arrays)
+            return compiled(*arrays)
 
     return on_mesh

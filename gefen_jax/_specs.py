@@ -1,11 +1,15 @@
-"""Specs of arrays that belong to a parameter but are smaller: statistics of its blocks."""
+"""Where parameters lie on a mesh, and arrays that belong to them: statistics of their blocks."""
 
 import math
 from typing import Any
 
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gefen_jax._blocks import Shape
+from gefen_jax._paths import path_name
 
 
 def fitting_spec(spec: PartitionSpec, shape: Shape, mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -30,3 +34,77 @@ def _fitting(names: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
         if size % math.prod(mesh.shape[name] for name in several[:n]) == 0:
             return names if n == len(several) else several[0] if n == 1 else several[:n]
     return None
+
+
+def shardings(
+    params: Any, specs: Any, mesh: Mesh | AbstractMesh | None
+) -> list[NamedSharding | None]:
+    """The sharding of every parameter, as the specs or its own say; None where nothing is said.
+
+    Raises ValueError for specs of another structure or without a mesh, and for a parameter, by
+    name, that its sharding does not divide.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    if specs is None:
+        found = [_own_sharding(x) for _, x in flat]
+    else:
+        found = _specs_by_leaf(params, specs)
+    on_mesh = [None if x is None else _on(mesh, x) for x in found]
+    for (path, x), sharding in zip(flat, on_mesh, strict=True):
+        if sharding is not None:
+            _check_fits(path_name(path), jnp.shape(x), sharding)
+    return on_mesh
+
+
+def shard_shapes(
+    params: Any, specs: Any = None, mesh: Mesh | AbstractMesh | None = None
+) -> dict[str, Shape]:
+    """What a device holds of every parameter, by path: its own shape where no sharding is known."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    found = shardings(params, specs, mesh)
+    return {
+        path_name(path): jnp.shape(x) if sharding is None else sharding.shard_shape(jnp.shape(x))
+        for (path, x), sharding in zip(flat, found, strict=True)
+    }
+
+
+def _own_sharding(x: Any) -> NamedSharding | None:
+    sharding = getattr(x, "sharding", None)
+    # A tracer tells the axes that are Explicit; on Auto ones nobody knows before compilation.
+    if isinstance(x, Tracer) and AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+        sharding = jax.typeof(x).sharding
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec | NamedSharding)
+
+
+def _specs_by_leaf(params: Any, specs: Any) -> list[PartitionSpec | NamedSharding]:
+    """A tree of specs, or a prefix, as one spec per parameter."""
+    try:
+        whole = jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda _: spec, part), specs, params, is_leaf=_is_spec
+        )
+    except ValueError as error:
+        raise ValueError(f"`specs` must be a tree like `params`, or a prefix: {error}") from None
+    return jax.tree.leaves(whole, is_leaf=_is_spec)
+
+
+def _on(mesh: Mesh | AbstractMesh | None, spec: PartitionSpec | NamedSharding) -> NamedSharding:
+    """On this mesh, if one is given."""
+    if isinstance(spec, NamedSharding):
+        if mesh is None:
+            return spec
+        return NamedSharding(mesh, spec.spec, memory_kind=spec.memory_kind)
+    if mesh is None:
+        raise ValueError("`mesh` must be given for `specs` that are PartitionSpecs")
+    return NamedSharding(mesh, spec)
+
+
+def _check_fits(name: str, shape: Shape, sharding: NamedSharding) -> None:
+    if fitting_spec(sharding.spec, shape, sharding.mesh) != PartitionSpec(*sharding.spec):
+        raise ValueError(
+            f"`params[{name}]` of shape {shape} cannot be cut by {sharding.spec}: every"
+            f" axis must be a multiple of its devices, on {dict(sharding.mesh.shape)}"
+        )

@@ -4,11 +4,10 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
-from gefen_jax._paths import path_name
-from gefen_jax._specs import fitting_spec
+from gefen_jax._specs import fitting_spec, shardings
 
 _Path = tuple[Any, ...]
 _TABLES = (GetAttrKey("codebook"), GetAttrKey("codebook4"))
@@ -19,7 +18,7 @@ def state_sharding(
     params: optax.Params,
     specs: Any = None,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Any:
     r"""Where every array of an optimizer's state lies: with its parameter.
 
@@ -74,19 +73,17 @@ def state_sharding(
 
     .. note::
       A block that crosses shards costs communication in every step, and its statistics may not
-      divide: give such leaves blocks that fit by `Plan.with_kind`.
+      divide. `plan_by_shape` and `calibrate` make blocks that fit from the same ``specs``.
     """
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    shardings = _shardings(params, specs, mesh)
-    by_path = {path: (x.shape, s) for (path, x), s in zip(flat, shardings, strict=True)}
-    found = next((s.mesh for s in shardings if s is not None), mesh)
+    of_params = shardings(params, specs, mesh)
+    by_path = {path: (x.shape, s) for (path, x), s in zip(flat, of_params, strict=True)}
+    found = next((s.mesh for s in of_params if s is not None), mesh)
     if found is None:
         raise ValueError(
             "`params` lie on no mesh: none has a NamedSharding. Place them by jax.device_put, or"
             " give `specs`."
         )
-    for path, (shape, sharding) in by_path.items():
-        _check_fits(path, shape, sharding)
 
     def of_leaf(path: _Path, leaf: Any) -> NamedSharding:
         suffixes = (path[i:] for i in range(len(path) + 1))
@@ -122,42 +119,3 @@ def _as_in_results(sharding: NamedSharding, leaf: Any) -> NamedSharding:
         while entries and entries[-1] is None:
             entries.pop()
     return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
-
-
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, PartitionSpec | NamedSharding)
-
-
-def _shardings(params: Any, specs: Any, mesh: Mesh | None) -> list[NamedSharding | None]:
-    """The sharding of every parameter; None where nothing is said."""
-    if specs is None:
-        found = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
-        return [_on(mesh, x) if isinstance(x, NamedSharding) else None for x in found]
-    try:
-        whole = jax.tree.map(
-            lambda spec, part: jax.tree.map(lambda _: spec, part), specs, params, is_leaf=_is_spec
-        )
-    except ValueError as error:
-        raise ValueError(f"`specs` must be a tree like `params`, or a prefix: {error}") from None
-    return [_on(mesh, x) for x in jax.tree.leaves(whole, is_leaf=_is_spec)]
-
-
-def _on(mesh: Mesh | None, spec: PartitionSpec | NamedSharding) -> NamedSharding:
-    """On this mesh, if one is given."""
-    if isinstance(spec, NamedSharding):
-        if mesh is None:
-            return spec
-        return NamedSharding(mesh, spec.spec, memory_kind=spec.memory_kind)
-    if mesh is None:
-        raise ValueError("`mesh` must be given for `specs` that are PartitionSpecs")
-    return NamedSharding(mesh, spec)
-
-
-def _check_fits(path: _Path, shape: tuple[int, ...], sharding: NamedSharding | None) -> None:
-    if sharding is None:
-        return
-    if fitting_spec(sharding.spec, shape, sharding.mesh) != PartitionSpec(*sharding.spec):
-        raise ValueError(
-            f"`params[{path_name(path)}]` of shape {shape} cannot be cut by {sharding.spec}: every"
-            f" axis must be a multiple of its devices, on {dict(sharding.mesh.shape)}"
-        )

@@ -1,5 +1,6 @@
 """`fused_gefen`: the optimizer and `optax.apply_updates` in one pass over the parameters."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,16 +11,31 @@ import optax
 from jax.typing import ArrayLike
 
 from gefen_jax._alias import gefen
+from gefen_jax._paths import param_specs
 from gefen_jax._plan import Plan
-from gefen_jax._transform import Recipe, ScaleByGefenState, check_number, codebook_of, step_leaves
-from gefen_jax._types import Clip, Rates
+from gefen_jax._release_leaf import step_part
+from gefen_jax._release_part import Part
+from gefen_jax._transform import (
+    Recipe,
+    ScaleByGefenState,
+    check_number,
+    codebook_of,
+    kinds_of,
+    step_leaves,
+)
+from gefen_jax._types import Clip, Kind, Rates
 
 
 class FusedGefen(NamedTuple):
-    """What `fused_gefen` returns: two pure functions, to be jitted with the rest of a step."""
+    """What `fused_gefen` returns: two pure functions, to be jitted with the rest of a step.
+
+    The other two are for `with_split_weights` and `gradient_release`.
+    """
 
     init: Callable[[Any], Any]  # params -> opt_state
     step: Callable[[Any, Any, Any], tuple[Any, Any]]  # grads, opt_state, params -> the last two
+    step_part: Callable[[Any, Any, Any, Part], tuple[Any, Any, Any]]  # and the corrections
+    kinds: Callable[[Any], dict[str, Kind]]  # params -> how the moments of every leaf are kept
 
 
 def fused_gefen(
@@ -123,7 +139,8 @@ def fused_gefen(
         replaced = optax.chain(optax.clip_by_global_norm(max_norm), replaced)
     recipe = Recipe(b1, b2, eps, eps_root, nesterov, plan, codebook_of(plan)[1], backend)
 
-    def step(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    def with_rates(step_leaves: Any, grads: Any, opt_state: Any, params: Any) -> Any:
+        """What ``step_leaves(grads, state, params, rates)`` gives, in the state of a chain."""
         *clip_state, links = (opt_state,) if max_norm is None else _links(opt_state, 2)
         state, decay_state, rate_state = _links(links, 3)
         if not isinstance(state, ScaleByGefenState):
@@ -134,11 +151,29 @@ def fused_gefen(
         treedef = jax.tree.structure(grads, is_leaf=lambda x: x is None)
         decayed = treedef.flatten_up_to(_decayed(mask, params))
         rates = [Rates(clip, decay if flag else None, scale) for flag in decayed]
-        params, state = step_leaves(recipe, grads, state, params, rates)
+        params, state, *others = step_leaves(grads, state, params, rates)
         links = (state, decay_state, rate_state)
-        return params, links if max_norm is None else (*clip_state, links)
+        return params, links if max_norm is None else (*clip_state, links), *others
 
-    return FusedGefen(replaced.init, step)
+    def step(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        return with_rates(functools.partial(step_leaves, recipe), grads, opt_state, params)
+
+    def step_of_part(grads: Any, opt_state: Any, params: Any, part: Part) -> tuple[Any, Any, Any]:
+        if max_norm is not None and part.kinds is not None:
+            raise ValueError(_CLIPPED_PART)
+        leaves = functools.partial(step_part, recipe, part)
+        return with_rates(leaves, grads, opt_state, params)
+
+    def kinds(params: Any) -> dict[str, Kind]:
+        return kinds_of(param_specs(params), plan)
+
+    return FusedGefen(replaced.init, step, step_of_part, kinds)
+
+
+_CLIPPED_PART = (
+    "`max_norm` of `fused_gefen` would clip every layer by its own norm: give it to"
+    " `gradient_release` instead"
+)
 
 
 _STRANGE_STATE = (

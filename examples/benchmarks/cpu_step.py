@@ -1,7 +1,8 @@
 """Time, compile time and memory of one optimizer step on this machine, beside `optax.adamw`.
 
-One jitted step with donated parameters and state: `update` and `apply_updates`. The optimizers
-take turns in one run, so that whatever else the machine does hits both; medians after a warm-up.
+One jitted step with donated parameters and state: `update` and `apply_updates`, or the fused step.
+The optimizers take turns in one run, so that whatever else the machine does hits both; medians
+after a warm-up.
 
     python examples/benchmarks/cpu_step.py
 """
@@ -25,6 +26,7 @@ import gefen_jax as gx
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "optax.adamw": lambda tree: optax.adamw(1e-3),
     "gefen": lambda tree: gx.gefen(1e-3),
+    "gefen, fused": lambda tree: gx.fused_gefen(1e-3),
     "gefen, shared blocks": lambda tree: gx.gefen(
         1e-3, plan=gx.plan_by_shape(tree, kind="shared_blocks")
     ),
@@ -37,8 +39,10 @@ TREES: dict[str, Callable[[], Any]] = {
 ROUNDS, WARM_UP, COMPILES = 25, 4, 5
 
 
-def make_step(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+def make_step(tx: optax.GradientTransformationExtraArgs | gx.FusedGefen) -> Callable[..., Any]:
     """The step as a training loop has it."""
+    if isinstance(tx, gx.FusedGefen):
+        return lambda params, opt_state, grads: tx.step(grads, opt_state, params)
 
     def step(params: Any, opt_state: Any, grads: Any) -> Any:
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -47,11 +51,11 @@ def make_step(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
     return step
 
 
-def compile_seconds(tx: Any, tree: Any) -> tuple[list[float], list[float]]:
+def compile_seconds(tx: Any, tree: Any, times: int = COMPILES) -> tuple[list[float], list[float]]:
     """Seconds of wall time and of CPU time from tracing to machine code, several times."""
     wall, cpu = [], []
     state = jax.eval_shape(tx.init, tree)
-    for _ in range(COMPILES):
+    for _ in range(times):
         jax.clear_caches()
         start = time.perf_counter(), time.process_time()
         jax.jit(make_step(tx), donate_argnums=(0, 1)).lower(tree, state, tree).compile()

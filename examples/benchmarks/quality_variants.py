@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import optax
+from research_moments import Kept, scale_by_kept
 
 import gefen_jax as gx
 
@@ -64,6 +66,41 @@ def _muon(
     )
 
 
+def _simulated(
+    kept: Kept,
+    learning_rate: optax.Schedule,
+    *,
+    b2: float,
+    weight_decay: float,
+    mask: Any,
+    **_: Any,
+) -> optax.GradientTransformation:
+    """Moments in float32, rounded to what a leaner state could hold; so its bytes are no row's."""
+    return optax.chain(
+        scale_by_kept(kept, b2),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+# Parts of the default state, and what more bytes would buy.
+_NU_PER_PAIR = Kept(
+    nu="maximum", nu_levels=256, nu_ratio="float", nu_rounding="golden", nu_pairs=True
+)
+_NU_EACH = replace(_NU_PER_PAIR, nu_pairs=False)
+_MU = Kept(mu_levels=16, mu_relative=True, mu_rounding="golden")
+_SIMULATED = {
+    "mu exact, nu per pair": _NU_PER_PAIR,
+    "mu exact, nu 8 bits each": _NU_EACH,
+    "mu 4 bits, nu exact": _MU,
+    "mu 8 bits, nu per pair": replace(
+        _NU_PER_PAIR, mu_levels=256, mu_relative=True, mu_rounding="golden"
+    ),
+    "mu 4 bits, nu 8 bits each": replace(
+        _NU_EACH, mu_levels=16, mu_relative=True, mu_rounding="golden"
+    ),
+}
+
 VARIANTS: dict[str, Variant] = {
     "adamw": _adamw,
     "gefen": _gefen,
@@ -72,4 +109,5 @@ VARIANTS: dict[str, Variant] = {
     "muon": functools.partial(_muon, optax.contrib.muon),
     "gefen_muon": functools.partial(_muon, gx.gefen_muon),
     "gefen_muon, 4 bits": functools.partial(_muon, functools.partial(gx.gefen_muon, bits=4)),
+    **{f"simulated: {name}": functools.partial(_simulated, x) for name, x in _SIMULATED.items()},
 }

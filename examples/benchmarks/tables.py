@@ -46,7 +46,7 @@ def plans() -> str:
 def cpu_step() -> str:
     """Time, compile time and temporaries beside adamw."""
     data = _load("cpu_step.json")
-    names = ("optax.adamw", "gefen", "gefen, shared blocks")
+    names = ("optax.adamw", "gefen", "gefen, fused", "gefen, shared blocks")
     rows = []
     for tree, numbers in data["results"].items():
         if "temporaries" in tree:

@@ -1,0 +1,60 @@
+"""How a step's time grows with a leaf, and its compile time with their number, beside AdamW's.
+
+python examples/benchmarks/cpu_growth.py
+"""
+
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from _common import write
+from cpu_step import BASELINE, OPTIMIZERS, compile_seconds, spread, step_seconds
+from rich.console import Console
+from rich.table import Table
+
+SIDES = {"4M": 2048, "16M": 4096, "64M": 8192, "256M": 16384}
+LEAVES = {10: 3, 100: 3, 1000: 2}  # how many, and how often they are compiled
+
+
+def _leaves(number: int) -> Any:
+    """Matrices of a few widths, each with a bias: half of the leaves are small ones."""
+    return {
+        f"layer_{i}": {
+            "kernel": jax.ShapeDtypeStruct((256, 256 * (1 + i % 4)), jnp.float32),
+            "bias": jax.ShapeDtypeStruct((256 * (1 + i % 4),), jnp.float32),
+        }
+        for i in range(number // 2)
+    }
+
+
+def _row(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        **medians,
+        "ratio": {name: value / medians[BASELINE] for name, value in medians.items()},
+        "spread": {name: spread(values) for name, values in seconds.items()},
+    }
+
+
+def main() -> None:
+    """Runs everything, prints a table, writes `cpu_growth.json`."""
+    results = {}
+    for name, side in SIDES.items():
+        tree = {"w": jax.ShapeDtypeStruct((side, side), jnp.float32)}
+        wall = {n: times[0] for n, times in step_seconds(tree).items()}
+        results[f"one {name} leaf: step wall s"] = _row(wall)
+    for number, times in LEAVES.items():
+        tree = _leaves(number)
+        wall = {n: compile_seconds(make(tree), tree, times)[0] for n, make in OPTIMIZERS.items()}
+        results[f"{number} leaves: compile wall s"] = _row(wall)
+    table = Table("", *(f"{name}, ratio" for name in OPTIMIZERS))
+    for row, numbers in results.items():
+        cells = (f"{1e3 * numbers[n]:.0f} ms, {numbers['ratio'][n]:.2f}" for n in OPTIMIZERS)
+        table.add_row(row[:-2], *cells)
+    Console().print(table)
+    write("cpu_growth.json", "python examples/benchmarks/cpu_growth.py", results)
+
+
+if __name__ == "__main__":
+    main()

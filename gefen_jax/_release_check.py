@@ -1,0 +1,81 @@
+"""Whether an Optax transformation steps every leaf by itself, read off its own program.
+
+Gradient release steps some leaves before the gradients of others exist. What lets one gradient
+decide the update of another (clipping by the global norm, skipping of steps that are not finite)
+would then go wrong without a word. So the update is traced once, without running, and what each
+result depends on is followed through the program.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import optax
+from jax.extend.core import Jaxpr, Literal
+
+from gefen_jax._paths import path_name
+from gefen_jax._release_part import flatten
+
+_Sources = frozenset[int]
+_INSIDE = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
+
+
+def _follow(jaxpr: Jaxpr, sources: Iterable[_Sources]) -> list[_Sources]:
+    """What the results of a program depend on, from what its inputs do."""
+    known: dict[Any, _Sources] = dict(zip(jaxpr.invars, sources, strict=True))
+
+    def of(x: Any) -> _Sources:
+        return frozenset() if isinstance(x, Literal) else known.get(x, frozenset())
+
+    for equation in jaxpr.eqns:
+        inputs = [of(x) for x in equation.invars]
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        if equation.primitive.name in _INSIDE and inner is not None:
+            outputs = _follow(getattr(inner, "jaxpr", inner), inputs)
+        else:
+            outputs = [frozenset().union(*inputs)] * len(equation.outvars)
+        known.update(zip(equation.outvars, outputs, strict=True))
+    return [of(x) for x in jaxpr.outvars]
+
+
+def used_inputs(function: Any, *args: Any) -> list[bool]:
+    """For every leaf of the first argument, whether the result depends on it."""
+    closed, number = jax.make_jaxpr(function)(*args), len(jax.tree.leaves(args[0]))
+    inputs = [frozenset([i]) if i < number else frozenset() for i in range(len(closed.in_avals))]
+    reached = frozenset().union(*_follow(closed.jaxpr, inputs))
+    return [i in reached for i in range(number)]
+
+
+def check_separable(
+    tx: optax.GradientTransformationExtraArgs, state: Any, params: Any, owner: list[int | None]
+) -> None:
+    """Raises ValueError if the update of a leaf depends on another one's gradient or state.
+
+    ``owner`` says to which parameter each leaf of the state belongs.
+    """
+    flat, treedef = flatten(params)
+    own: list[int | None] = list(range(len(flat)))
+
+    def update(grads: list[Any], state: list[Any], params: list[Any]) -> Any:
+        trees = (treedef.unflatten(grads), state_def.unflatten(state), treedef.unflatten(params))
+        updates, new = tx.update(*trees)
+        return treedef.flatten_up_to(updates), state_def.flatten_up_to(new)
+
+    state_leaves, state_def = flatten(state)
+    args = [x for _, x in flat], [x for _, x in state_leaves], [x for _, x in flat]
+    pairs = zip((x for part in args for x in part), (*own, *owner, *own), strict=True)
+    inputs = [i for x, i in pairs for _ in jax.tree.leaves(x)]
+    closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
+    results = zip((*shapes[0], *shapes[1]), (*own, *owner), strict=True)
+    outputs = [i for x, i in results for _ in jax.tree.leaves(x)]
+    sources = [frozenset() if i is None else frozenset([i]) for i in inputs]
+    for i, reached in zip(outputs, _follow(closed.jaxpr, sources), strict=True):
+        if others := reached - {i}:
+            names = [path_name(path) for path, _ in flat]
+            target = "what all leaves share" if i is None else f"`{names[i]}`"
+            raise ValueError(
+                f"`optimizer` lets the gradient or the state of `{names[min(others)]}` decide the"
+                f" next value of {target}, but with gradient release they never exist together."
+                " For clipping by the global norm use `max_norm`, to skip steps that are not"
+                " finite `skip_nonfinite`, instead of a transformation."
+            )

@@ -372,3 +372,51 @@ def test_wild_numbers_in_a_plan(tmp_path, where, value):
     path.write_text(json.dumps(data).replace('"@"', value))
     with pytest.raises(ValueError, match=r"plan\.json"):
         gx.Plan.load(path)
+
+
+# Files of earlier versions ----------------------------------------------------------------------
+
+_FIXTURES = Path(__file__).parent / "fixtures"
+_OLD_KINDS = {
+    "dual": gx.DualCode((1, 256)),
+    "flat": gx.FlatPeriods(17, 17),
+    "rows": gx.SharedBlocks((1, 256)),
+    "small": gx.Exact(),
+    "steps": gx.Untrained(),
+}
+
+
+def test_a_plan_of_version_2():
+    plan = gx.Plan.load(_FIXTURES / "plan_2.json")
+    assert {leaf.path: leaf.kind for leaf in plan.leaves} == _OLD_KINDS
+    assert plan.codebook == _BY_SHAPE.codebook and plan.rule == "shape"
+
+
+def test_a_plan_of_version_1():
+    with pytest.raises(ValueError, match=r"plan_1\.json.*version is 1.*make the plan anew"):
+        gx.Plan.load(_FIXTURES / "plan_1.json")
+    plan = gx.Plan.load(_FIXTURES / "plan_1_shared.json")
+    assert plan["dual"].kind == gx.SharedBlocks((17, 1)) and plan["small"].kind == gx.Exact()
+
+
+def test_a_state_of_version_2():
+    """Read leaf by leaf, as a checkpoint of that time, it holds the moments that it held then."""
+    plan = gx.Plan.load(_FIXTURES / "plan_2.json")
+    params = {
+        leaf.path: jnp.zeros(leaf.shape, int if leaf.path == "steps" else jnp.float32)
+        for leaf in plan.leaves
+    }
+    tx = gx.scale_by_gefen(plan=plan)
+    like = jax.eval_shape(tx.init, params)
+    with np.load(_FIXTURES / "state_2.npz") as saved:
+        saved = dict(saved)
+    leaves = [saved[f"leaf_{i}"] for i in range(len(jax.tree.leaves(like)))]
+    state = jax.tree.structure(like).unflatten(leaves)
+    assert int(state.count) == 3
+    adam: Any = gx.to_adam(state, params, plan)
+    for name in ("dual", "flat", "rows", "small"):
+        # As decoded then; another order of products may round otherwise, twice.
+        for moment, now in (("mu", adam.mu), ("nu", adam.nu)):
+            np.testing.assert_allclose(now[name], saved[f"{moment}_{name}"], rtol=2**-22, atol=0)
+    grads = {name: p if name != "steps" else None for name, p in params.items()}
+    jax.eval_shape(tx.update, grads, state, params)  # which checks that the state fits

@@ -1,0 +1,57 @@
+"""Two processes train one model, one is killed, and the run goes on as if nothing had been.
+
+The same twenty times: `examples/benchmarks/kill_and_resume.py`, whose result file is read here.
+"""
+
+import json
+from pathlib import Path
+
+from kill_and_resume import follow, patiently
+from multihost import Cluster, newest
+
+_RESULT = Path(__file__).parent.parent / "examples" / "results" / "kill_and_resume.json"
+# A program that runs for a moment only need not be fast.
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def test_a_killed_process(tmp_path):
+    run, losses = tmp_path / "run", {}
+
+    def killed() -> int:
+        said, step, again = [], 0, newest(run)
+        with Cluster(run, steps=1000, save_every=2, xla_flags=_QUICK) as cluster:
+            for line in cluster.lines():
+                said.append(line)
+                step = follow(line, losses) or step
+                if newest(run) and step > newest(run):
+                    cluster.workers[1].kill()
+                    break
+        assert again or any("the same on 2 processes" in line for line in said)
+        return step
+
+    last = patiently(killed)
+    checkpoint = newest(run)
+    assert 0 < checkpoint < last
+
+    def resumed() -> list[str]:
+        with Cluster(run, steps=last + 1, save_every=2, xla_flags=_QUICK) as cluster:
+            return list(cluster.lines())
+
+    said = patiently(resumed)
+    assert said[0] == f"going on from step {checkpoint}"
+    # `follow` compares each loss with that of the first time, to the last digit.
+    assert [follow(line, losses) for line in said[1:-1]] == list(range(checkpoint + 1, last + 2))
+    assert (run / "plan.json").exists()
+
+
+def test_the_result_file():
+    results = json.loads(_RESULT.read_text())["results"]
+    kills, every = results["kills"], results["save_every"]
+    assert len(kills) == 20 and {kill["killed_process"] for kill in kills} == {0, 1}
+    assert results["bit_equal"] and results["sha256_killed"] == results["sha256_undisturbed"]
+    for before, after in zip(kills, kills[1:], strict=False):
+        # 0 where it was killed before it could say where it went on from.
+        assert after["went_on_from"] in (0, before["checkpoint_after"])
+        assert after["checkpoint_after"] >= before["checkpoint_after"]
+    # At most the steps since a checkpoint, and those that went by while the next was written.
+    assert all(0 <= kill["steps_to_repeat"] <= 2 * every for kill in kills)

@@ -89,7 +89,7 @@ def gradient_release(
       >>> x = jax.random.normal(jax.random.key(0), (32, 8))
       >>> for _ in range(50):
       ...   params, opt_state, loss = step(params, opt_state, (x, jnp.sin(x)))
-      >>> print(bool(loss < 0.02))
+      >>> print(bool(loss < 0.05))
       True
 
     References:

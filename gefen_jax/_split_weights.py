@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int, UInt32
 
 from gefen_jax._dither import dither, leaf_phases, positions
+from gefen_jax._fused import FusedGefen
 from gefen_jax._paths import named_leaves, path_name
+from gefen_jax._release_part import Low, Part
 from gefen_jax._split import BITS, NARROW, advance, correction_dtype, merge, split
 
 _Mask = Any | Callable[[optax.Params], Any] | None
@@ -242,9 +244,9 @@ def _describe(x: Any) -> str:
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "stochastic"))
-def _advance_leaf(weight, correction, update, phase, *, bits, stochastic):
+def _advance_leaf(weight, correction, update, phase, offset, *, bits, stochastic):
     """The update of a leaf's weight, and its new correction."""
-    words = dither(phase, positions(weight.shape))[0] if stochastic else None
+    words = dither(phase, positions(weight.shape) + offset)[0] if stochastic else None
     return advance(weight, correction, update.astype(jnp.float32), bits, words)
 
 
@@ -255,15 +257,35 @@ def _phases(paths: list[str], count: Int[Array, ""]) -> UInt32[Array, "leaves tw
     return jnp.stack([names, step], axis=-1)
 
 
+@overload
+def with_split_weights(
+    tx: FusedGefen,
+    bits: int = ...,
+    rounding: str = ...,
+    dtype: DTypeLike = ...,
+    *,
+    mask: _Mask = ...,
+    gradient_dtype: DTypeLike | None = ...,
+) -> FusedGefen: ...
+@overload
 def with_split_weights(
     tx: optax.GradientTransformation,
+    bits: int = ...,
+    rounding: str = ...,
+    dtype: DTypeLike = ...,
+    *,
+    mask: _Mask = ...,
+    gradient_dtype: DTypeLike | None = ...,
+) -> optax.GradientTransformationExtraArgs: ...
+def with_split_weights(
+    tx: optax.GradientTransformation | FusedGefen,
     bits: int = 24,
     rounding: str = "stochastic",
     dtype: DTypeLike = "bfloat16",
     *,
     mask: _Mask = None,
     gradient_dtype: DTypeLike | None = "float32",
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs | FusedGefen:
     r"""Trains 16-bit weights as float32 parameters, with 0, 1 or 2 more bytes for each.
 
     The model holds weights :math:`w` in bfloat16; the state holds corrections :math:`c`. In every
@@ -290,7 +312,10 @@ def with_split_weights(
 
     Args:
       tx: Any transformation that gives final updates, e.g. `optax.adamw` or `gefen`. It sees
-        float32 parameters, in ``init`` and in ``update``.
+        float32 parameters, in ``init`` and in ``update``. Or a `fused_gefen`: then the result is
+        one, too, with the state that this transformation of `gefen` has. It merges and splits
+        weights where it reads and writes them, so that on a CPU no large leaf of dual codes is ever
+        whole in float32.
       bits: 24, 16 + 8 bits of correction; 32, 16 + 16; or 16, weights alone.
       rounding: "stochastic" or "nearest", which loses what is below half a step. It has no meaning
         with 32 bits.
@@ -300,12 +325,13 @@ def with_split_weights(
         transformation's alone: a norm's float32 scale stays in float32.
       gradient_dtype: Gradients of split leaves reach ``tx`` in this dtype. None leaves them as they
         come: with `gefen`, which computes in float32 in any case, that spares a CPU a copy, and
-        rounds the updates to the gradients' dtype.
+        rounds the updates to the gradients' dtype. A `fused_gefen` takes them as they come.
 
     Returns:
-      A `optax.GradientTransformationExtraArgs` whose state is a `SplitWeightsState`. Updates of
-      split leaves are float32: `optax.apply_updates` adds them in float32 and casts. A None
-      gradient leaves weight and correction as they are, and so, bit for bit, does an update of 0.
+      A `optax.GradientTransformationExtraArgs`, or of a `fused_gefen` a `FusedGefen`, whose state
+      is a `SplitWeightsState`. Updates of split leaves are float32: `optax.apply_updates` adds them
+      in float32 and casts. A None gradient leaves weight and correction as they are, and so, bit
+      for bit, does an update of 0.
 
     Raises:
       ValueError: For arguments out of range; in ``update`` without ``params``, and for a state of
@@ -352,7 +378,8 @@ def with_split_weights(
     mode = _mode(bits, dtype, mask)
     if rounding not in ("stochastic", "nearest"):
         raise ValueError(f"`rounding` must be 'stochastic' or 'nearest', got {rounding!r}")
-    inner = optax.with_extra_args_support(tx)
+    init = tx.init
+    stochastic = rounding == "stochastic" and mode.bits < 32
 
     def init_fn(params: optax.Params) -> SplitWeightsState:
         leaves = _read(params, mode)
@@ -361,8 +388,12 @@ def with_split_weights(
         return SplitWeightsState(
             count=jnp.zeros([], jnp.int32),
             correction=correction,
-            inner=inner.init(leaves.treedef.unflatten(wide)),
+            inner=init(leaves.treedef.unflatten(wide)),
         )
+
+    if isinstance(tx, FusedGefen):
+        return _fused(tx, init_fn, mode, stochastic)
+    inner = optax.with_extra_args_support(tx)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -381,6 +412,7 @@ def with_split_weights(
         count = jnp.asarray(optax.safe_increment(state.count))
         phases = _phases(leaves.paths, count)
         new_updates = leaves.select(updates)
+        part = extra_args.get("gefen_part", Part())
         for i, weight in enumerate(leaves.leaves):
             if leaves.is_split[i] and _is_array(new_updates[i]):
                 new_updates[i], corrections[i] = _advance_leaf(
@@ -388,13 +420,41 @@ def with_split_weights(
                     corrections[i],
                     jnp.asarray(new_updates[i]),
                     phases[i],
+                    part.offset(jnp.shape(weight)),
                     bits=mode.bits,
-                    stochastic=rounding == "stochastic" and mode.bits < 32,
+                    stochastic=stochastic,
                 )
         new_state = SplitWeightsState(count, leaves.treedef.unflatten(corrections), inner_state)
         return leaves.treedef.unflatten(new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _fused(tx: FusedGefen, init: Any, mode: _Mode, stochastic: bool) -> FusedGefen:
+    """A fused step that merges and splits the weights where it reads and writes them."""
+
+    def step_part(grads: Any, state: Any, params: Any, part: Part) -> tuple[Any, Any, Any]:
+        leaves = _read(params, mode)
+        corrections = leaves.select(state.correction)
+        _check_state(leaves, corrections, mode)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        phases = _phases(leaves.paths, count)
+        lows = {
+            path: Low(corrections[i], phases[i], mode.bits, stochastic)
+            for i, path in enumerate(leaves.paths)
+            if leaves.is_split[i]
+        }
+        params, inner, new = tx.step_part(grads, state.inner, params, part._replace(lows=lows))
+        corrections = [
+            new.get(path, low) for path, low in zip(leaves.paths, corrections, strict=True)
+        ]
+        correction = leaves.treedef.unflatten(corrections)
+        return params, SplitWeightsState(count, correction, inner), new
+
+    def step(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        return step_part(grads, opt_state, params, Part())[:2]
+
+    return FusedGefen(init, step, step_part, tx.kinds)
 
 
 _NO_PARAMS = (

@@ -11,7 +11,7 @@ from gefen_jax._blocks import Shape
 from gefen_jax._chunks import CHUNK
 from gefen_jax._specs import fitting_spec
 from gefen_jax._step import by_equal_runs
-from gefen_jax._types import FusedKind, Kind, Moments, Step
+from gefen_jax._types import Kind, Moments, Step
 
 BACKENDS = ("xla",)
 
@@ -28,6 +28,13 @@ class Advance(Protocol):
     ) -> Any: ...
 
 
+# Elements of a piece on a GPU: many enough that its kernels take longer than their start, and few
+# enough for temporaries of 20 to 40 MB.
+GPU_CHUNK = 1 << 22
+
+_GPUS = ("cuda", "rocm")
+
+
 def check_backend(backend: str | None) -> None:
     """Raises ValueError for a name that is no backend; None lets the library choose."""
     if backend is not None and backend not in BACKENDS:
@@ -39,29 +46,36 @@ def check_backend(backend: str | None) -> None:
 def in_best_form(advance: Advance, g: Array, state: Any, block: Shape, step: Step) -> Any:
     """``advance(g, state, block, step)`` in the form that is best on the device at hand.
 
-    A large leaf on one CPU is worked through in pieces that fit in the cache. Accelerators fuse
-    the whole-leaf form; so does every mesh get it, where a loop over slices of a sharded axis
-    would gather the leaf.
+    A large leaf is worked through in pieces: on one CPU in such that fit in its cache, on one GPU
+    in large ones, so that temporaries are those of a piece. Every mesh gets the whole-leaf form, as
+    a loop over slices of a sharded axis would gather the leaf; so do TPUs, where neither was
+    measured.
     """
 
     def one_size(g: Array, state: Any, block: Shape) -> Any:
-        # Branches take arrays only: what is static in the step stays outside.
-        def whole(g: Array, state: Any, *arrays: Any) -> Any:
-            return advance(g, state, block, step._replace(**_named(arrays)))
+        def form(chunk: int | None) -> Callable[..., Any]:
+            # Branches take arrays only: what is static in the step stays outside.
+            def run(g: Array, state: Any, *arrays: Any) -> Any:
+                return advance(g, state, block, step._replace(**_named(arrays)), chunk=chunk)
 
-        def in_pieces(g: Array, state: Any, *arrays: Any) -> Any:
-            return advance(g, state, block, step._replace(**_named(arrays)), chunk=CHUNK)
+            return run
 
-        args = (g, state, *(getattr(step, name) for name in _TRACED))
+        whole, args = form(None), (g, state, *(getattr(step, name) for name in _TRACED))
         if g.size <= CHUNK or any(map(_on_a_mesh, jax.tree.leaves((g, state)))):
             return whole(*args)
-        return jax.lax.platform_dependent(*args, cpu=in_pieces, default=whole)
+        # At least two pieces: kernels of several leaves may run in any order, which keeps the
+        # temporaries of all of them; loops run one after the other.
+        on_gpu = form(min(GPU_CHUNK, g.size // 2))
+        return jax.lax.platform_dependent(
+            *args, cpu=form(CHUNK), **dict.fromkeys(_GPUS, on_gpu), default=whole
+        )
 
     g, state = _refuse_gradient((g, state))
     return by_equal_runs(one_size, g, state, block)
 
 
 _TRACED = ("decay", "encoder", "levels", "phase", "rates")  # the fields of a Step that hold arrays
+_TABLES = ("encoder", "levels")  # of them, those that are arrays of all leaves' kernels
 
 
 def _named(arrays: Any) -> dict[str, Any]:
@@ -69,37 +83,28 @@ def _named(arrays: Any) -> dict[str, Any]:
 
 
 def update_leaf(
-    kind: Kind,
-    g: Array,
-    moments: Moments,
-    arrays: dict[str, Any],
-    static: Any,
-    p: Array | None = None,
-) -> Any:
-    """The update of a leaf, or with a parameter the new one, and its moments, on any mesh.
+    kind: Kind, g: Array, moments: Moments, arrays: dict[str, Any], static: Any
+) -> tuple[Array, Moments]:
+    """The update of a leaf, in the gradient's dtype, and its moments, on any mesh.
 
     On a mesh with Explicit axes, where JAX refuses to split a sharded axis into blocks that cross
     its shards, the compiler chooses the shardings inside. What has the leaf's shape comes out as
-    the gradient or the parameter lies, statistics as they came in.
+    the gradient lies, statistics as they came in.
     """
 
-    def update(g: Array, moments: Moments, arrays: dict[str, Any], p: Array | None) -> Any:
-        step = Step(**arrays, **static)
-        if p is not None and isinstance(kind, FusedKind):
-            return kind.fused(p, g, moments, step)
-        direction, new = kind.update(g, moments, step)
-        return direction.astype(g.dtype) if p is None else step.moved(p, direction), new
+    def update(g: Array, moments: Moments, arrays: dict[str, Any]) -> tuple[Array, Moments]:
+        direction, new = kind.update(g, *_apart(moments, Step(**arrays, **static)))
+        return direction.astype(g.dtype), new
 
-    leaf = g if p is None else p
-    mesh = jax.typeof(leaf).sharding.mesh
+    mesh = jax.typeof(g).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
-        return update(g, moments, arrays, p)
+        return update(g, moments, arrays)
     like = jax.tree.map(
-        lambda x: jax.typeof(leaf if x.shape == leaf.shape else x).sharding.spec, (leaf, moments)
+        lambda x: jax.typeof(g if x.shape == g.shape else x).sharding.spec, (g, moments)
     )
     with jax.sharding.use_abstract_mesh(mesh):
         inside: Any = jax.sharding.auto_axes(update, out_sharding=like)
-        return inside(g, moments, arrays, p)
+        return inside(g, moments, arrays)
 
 
 def laid_out_like(like: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -132,6 +137,18 @@ def _refuse_gradient_jvp(primals: Any, tangents: Any) -> NoReturn:
         " with respect to gradients or state. Use optax.adamw, or gefen_jax.Exact() for every"
         ' leaf (`plan.with_kind("*", gefen_jax.Exact())`), where you need it.'
     )
+
+
+def _apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
+    """The same; on a GPU, so that no kernel computes the directions of several leaves.
+
+    XLA makes one of leaves of one shape that read one table, and all that such a kernel reads is
+    kept until then: temporaries of all leaves, instead of those of the largest.
+    """
+    both = moments, tuple(getattr(step, name) for name in _TABLES)
+    barriers = dict.fromkeys(_GPUS, jax.lax.optimization_barrier)
+    moments, tables = jax.lax.platform_dependent(both, **barriers, default=lambda x: x)
+    return moments, step._replace(**dict(zip(_TABLES, tables, strict=True)))
 
 
 def _on_a_mesh(x: Array) -> bool:

@@ -1,7 +1,8 @@
 """Two moments in one byte: per element, four bits of mu and half of a byte of nu."""
 
 import dataclasses
-from typing import ClassVar
+import functools
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -16,7 +17,7 @@ from gefen_jax._dual_step import (
     read_dual,
     write_dual,
 )
-from gefen_jax._types import Codebooks, Moments, Step
+from gefen_jax._types import Codebooks, Moments, Move, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +77,12 @@ class DualCode:
         new = in_best_form(advance_dual, g, moments, self.block, step)
         return direction_dual(g, new, self.block, step), new
 
-    def fused(self, p: Array, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
-        """One step that takes the parameter along."""
-        return in_best_form(fused_dual, g, (p, moments), self.block, step)
+    def fused(
+        self, weight: Any, g: Array, moments: Moments, step: Step, move: Move, offset: Array
+    ) -> tuple[Any, Moments]:
+        """One step that takes the weight along."""
+        fused = functools.partial(fused_dual, move=move, offset=offset)
+        return in_best_form(fused, g, (weight, moments), self.block, step)
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
         """What the byte of every element stands for."""

@@ -39,6 +39,7 @@ before coding needs an array of updates and gained nothing in validation loss.)
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +59,7 @@ from gefen_jax._blocks import (
 from gefen_jax._chunks import PairedPiece, Pairs, map_pieces
 from gefen_jax._dither import dither, positions
 from gefen_jax._levels import Levels, level, round_to_level
-from gefen_jax._types import Decay, Moments, Step
+from gefen_jax._types import Decay, Moments, Move, Step
 
 _MANTISSA = 23  # bits of a float32's mantissa
 _KEPT = 4  # of them in a code of nu; the other bits of a byte are 4 of the exponent
@@ -179,19 +180,22 @@ def advance_dual(
     block: Shape,
     step: Step,
     *,
+    offset: Any = 0,
     chunk: int | None = None,
 ) -> Moments:
     """Takes the gradient into the state.
 
-    With ``chunk``, the leaf is worked through in pieces of about so many elements, in place: the
-    same result, with temporaries of one piece.
+    The fractions that round are those of the positions from ``offset`` on, where the leaf is a part
+    of another one. With ``chunk``, the leaf is worked through in pieces of about so many elements,
+    in place: the same result, with temporaries of one piece.
     """
+    offset = jnp.asarray(offset, jnp.uint32)
     if chunk is None:
         layout = _blocked(g.shape, block)
         blocked, _ = split(g, block)
         parts = (
             _halves(x.reshape(blocked.shape), layout.paired)
-            for x in (g, state.mu, positions(g.shape))
+            for x in (g, state.mu, positions(g.shape) + offset)
         )
         g_halves, mu, position = parts
         scale, exponent = (split_stats(x, g.shape, block) for x in (state.scale, state.nu))
@@ -200,8 +204,9 @@ def advance_dual(
     view = flat_view(g.shape, block)
 
     def in_piece(piece: PairedPiece, g: Pairs, state: Moments) -> Moments:
+        first, second = piece.positions(view)
         state = state._replace(mu=state.mu.halves)
-        new = _next(g.halves, state, piece.positions(view), _PIECE, step)
+        new = _next(g.halves, state, (first + offset, second + offset), _PIECE, step)
         return new._replace(mu=piece.joined(new.mu))
 
     return map_pieces(in_piece, g, state, view, chunk, stretches=_stretches(block))
@@ -209,33 +214,63 @@ def advance_dual(
 
 def fused_dual(
     g: Float[Array, "*shape"],
-    both: tuple[Float[Array, "*shape"], Moments],
+    both: tuple[Any, Moments],
     block: Shape,
     step: Step,
     *,
+    move: Move,
+    offset: Any = 0,
     chunk: int | None = None,
-) -> tuple[Float[Array, "*shape"], Moments]:
-    """`advance_dual` and `direction_dual` with the parameter: ``both`` are it and the state."""
-    p, state = both
+) -> tuple[Any, Moments]:
+    """`advance_dual` and what ``move`` makes of the weight; ``both`` are it and the state."""
+    weight, state = both
+    offset = jnp.asarray(offset, jnp.uint32)
     if chunk is None:
-        new = advance_dual(g, state, block, step)
-        return step.moved(p, direction_dual(g, new, block, step)), new
+        new = advance_dual(g, state, block, step, offset=offset)
+        direction = direction_dual(g, new, block, step)
+        return move(weight, direction, positions(g.shape) + offset, step), new
     view = flat_view(g.shape, block)
 
-    def in_piece(piece: PairedPiece, g: Pairs, both: tuple[Pairs, Moments]) -> Any:
-        p, state = both
-        new = _next(
-            g.halves, state._replace(mu=state.mu.halves), piece.positions(view), _PIECE, step
-        )
+    def in_piece(piece: PairedPiece, g: Pairs, both: tuple[Any, Moments]) -> Any:
+        weight, state = both
+        first, second = piece.positions(view)
+        position = first + offset, second + offset
+        new = _next(g.halves, state._replace(mu=state.mu.halves), position, _PIECE, step)
         # What a pair shares is computed once for both.
         nu = _nu_level(new.nu, _nu_code(*new.mu))
-        scale = jnp.broadcast_to(new.scale, (*nu.shape[:2], *new.scale.shape[2:]))
-        shared = piece.per_stretch(scale), piece.per_stretch(nu)
         codes = piece.joined(new.mu)
-        update = _direction(g.both, codes, *shared, step)
-        return step.moved(p.both, update), new._replace(mu=codes)
+        if all(x.both.dtype == jnp.float32 for x in _read(weight)):
+            scale = jnp.broadcast_to(new.scale, (*nu.shape[:2], *new.scale.shape[2:]))
+            shared = piece.per_stretch(scale), piece.per_stretch(nu)
+            first, second = (jnp.broadcast_to(x, nu.shape) for x in position)
+            direction = _direction(g.both, codes, *shared, step)
+            whole = _each(weight, lambda x: x.both)
+            weight = move(whole, direction, piece.joined((first, second)), step)
+            return weight, new._replace(mu=codes)
+        # Narrow weights by halves, which are stored: XLA on a CPU copies an array of bfloat16 that
+        # it computes from and writes to in one place.
+        moved = []
+        for i in range(2):
+            direction = _direction(g.halves[i], new.mu[i], new.scale, nu, step)
+            half = _each(weight, lambda x: x.halves[i])  # noqa: B023 (used at once)
+            moved.append(move(half, direction, position[i], step))
+        weight = jax.tree.map(lambda *parts: piece.joined(parts), *moved)
+        return weight, new._replace(mu=codes)
 
     return map_pieces(in_piece, g, both, view, chunk, stretches=_stretches(block))
+
+
+def _is_read(x: Any) -> bool:
+    return isinstance(x, Pairs)
+
+
+def _read(weight: Any) -> list[Pairs]:
+    """What was read of a weight's arrays."""
+    return jax.tree.leaves(weight, is_leaf=_is_read)
+
+
+def _each(weight: Any, part: Callable[[Pairs], Array]) -> Any:
+    return jax.tree.map(part, weight, is_leaf=_is_read)
 
 
 # A piece has blocks, stretches of each that are halved for themselves, and their elements.

@@ -1,6 +1,5 @@
 """`fused_gefen`: the optimizer and `optax.apply_updates` in one pass over the parameters."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,9 +10,9 @@ import optax
 from jax.typing import ArrayLike
 
 from gefen_jax._alias import gefen
+from gefen_jax._fused_leaf import step_part
 from gefen_jax._paths import param_specs
 from gefen_jax._plan import Plan
-from gefen_jax._release_leaf import step_part
 from gefen_jax._release_part import Part
 from gefen_jax._transform import (
     Recipe,
@@ -21,21 +20,25 @@ from gefen_jax._transform import (
     check_number,
     codebook_of,
     kinds_of,
-    step_leaves,
 )
 from gefen_jax._types import Clip, Kind, Rates
 
 
 class FusedGefen(NamedTuple):
-    """What `fused_gefen` returns: two pure functions, to be jitted with the rest of a step.
+    """What `fused_gefen` returns: pure functions, to be jitted with the rest of a training step.
 
-    The other two are for `with_split_weights` and `gradient_release`.
+    ``init(params)`` gives the state, `step` goes on from there. The other two fields are what
+    `with_split_weights` and `gradient_release` build on.
     """
 
     init: Callable[[Any], Any]  # params -> opt_state
-    step: Callable[[Any, Any, Any], tuple[Any, Any]]  # grads, opt_state, params -> the last two
-    step_part: Callable[[Any, Any, Any, Part], tuple[Any, Any, Any]]  # and the corrections
+    # grads, opt_state, params, part of them -> params, opt_state, corrections
+    step_part: Callable[[Any, Any, Any, Part], tuple[Any, Any, Any]]
     kinds: Callable[[Any], dict[str, Kind]]  # params -> how the moments of every leaf are kept
+
+    def step(self, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        """The next parameters and the next state."""
+        return self.step_part(grads, opt_state, params, Part())[:2]
 
 
 def fused_gefen(
@@ -139,8 +142,9 @@ def fused_gefen(
         replaced = optax.chain(optax.clip_by_global_norm(max_norm), replaced)
     recipe = Recipe(b1, b2, eps, eps_root, nesterov, plan, codebook_of(plan)[1], backend)
 
-    def with_rates(step_leaves: Any, grads: Any, opt_state: Any, params: Any) -> Any:
-        """What ``step_leaves(grads, state, params, rates)`` gives, in the state of a chain."""
+    def step(grads: Any, opt_state: Any, params: Any, part: Part) -> tuple[Any, Any, Any]:
+        if max_norm is not None and part.kinds is not None:
+            raise ValueError(_CLIPPED_PART)
         *clip_state, links = (opt_state,) if max_norm is None else _links(opt_state, 2)
         state, decay_state, rate_state = _links(links, 3)
         if not isinstance(state, ScaleByGefenState):
@@ -151,23 +155,14 @@ def fused_gefen(
         treedef = jax.tree.structure(grads, is_leaf=lambda x: x is None)
         decayed = treedef.flatten_up_to(_decayed(mask, params))
         rates = [Rates(clip, decay if flag else None, scale) for flag in decayed]
-        params, state, *others = step_leaves(grads, state, params, rates)
+        params, state, lows = step_part(recipe, part, grads, state, params, rates)
         links = (state, decay_state, rate_state)
-        return params, links if max_norm is None else (*clip_state, links), *others
-
-    def step(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-        return with_rates(functools.partial(step_leaves, recipe), grads, opt_state, params)
-
-    def step_of_part(grads: Any, opt_state: Any, params: Any, part: Part) -> tuple[Any, Any, Any]:
-        if max_norm is not None and part.kinds is not None:
-            raise ValueError(_CLIPPED_PART)
-        leaves = functools.partial(step_part, recipe, part)
-        return with_rates(leaves, grads, opt_state, params)
+        return params, links if max_norm is None else (*clip_state, links), lows
 
     def kinds(params: Any) -> dict[str, Kind]:
         return kinds_of(param_specs(params), plan)
 
-    return FusedGefen(replaced.init, step, step_of_part, kinds)
+    return FusedGefen(replaced.init, step, kinds)
 
 
 _CLIPPED_PART = (

@@ -451,10 +451,7 @@ def _fused(tx: FusedGefen, init: Any, mode: _Mode, stochastic: bool) -> FusedGef
         correction = leaves.treedef.unflatten(corrections)
         return params, SplitWeightsState(count, correction, inner), new
 
-    def step(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-        return step_part(grads, opt_state, params, Part())[:2]
-
-    return FusedGefen(init, step, step_part, tx.kinds)
+    return FusedGefen(init, step_part, tx.kinds)
 
 
 _NO_PARAMS = (

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from gefen_jax._encoder import lookup_is_exact, make_encoder
 from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
 from gefen_jax._plan import Plan
-from gefen_jax._types import Decay, Kind, Moments, Rates
+from gefen_jax._types import Decay, Kind, Moments
 
 
 class ScaleByGefenState(NamedTuple):
@@ -63,9 +63,9 @@ def decay_at(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "nesterov", "exact_lookup", "backend"))
-def _update_leaf(g, moments, arrays, p=None, *, kind, **static):
+def _update_leaf(g, moments, arrays, *, kind, **static):
     """One leaf. Jitted so that leaves of equal shape are traced and lowered once."""
-    return update_leaf(kind, g, moments, arrays, static, p)
+    return update_leaf(kind, g, moments, arrays, static)
 
 
 class Recipe(NamedTuple):
@@ -239,23 +239,45 @@ def scale_by_gefen(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByGefenState]:
         del params, extra_args
-        return step_leaves(recipe, updates, state)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+
+        def visit(leaf: LeafStep) -> Moments:
+            args = leaf.g, leaf.moments, leaf.arrays
+            leaves[leaf.number], new = _update_leaf(*args, kind=leaf.kind, **leaf.static)
+            return new
+
+        new_state = step_leaves(recipe, updates, state, visit)
+        return treedef.unflatten(leaves), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class LeafStep(NamedTuple):
+    """What there is to the step of one leaf."""
+
+    number: int  # among the leaves of the gradients
+    spec: LeafSpec
+    kind: Kind
+    g: Any
+    moments: Moments
+    arrays: dict[str, Any]  # the fields of a `Step`; those that are traced
+    static: dict[str, Any]
 
 
 def step_leaves(
     recipe: Recipe,
     grads: optax.Updates,
-    state: Any,
-    params: optax.Params | None = None,
-    rates: Sequence[Rates] | None = None,
-) -> tuple[Any, ScaleByGefenState]:
-    """One step of all leaves: the updates, or with the rates of every leaf the new parameters."""
+    state: ScaleByGefenState,
+    visit: Callable[[LeafStep], Moments],
+    kinds: Mapping[str, Kind] | None = None,
+) -> ScaleByGefenState:
+    """The state after ``visit`` of every leaf that has a gradient, which returns its new moments.
+
+    Of leaves at hand that are parts of others, ``kinds`` says what the whole ones are.
+    """
     flat, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None)
     specs, moments = state_leaves(state, [path for path, _ in flat], treedef)
-    leaves = [None] * len(flat) if rates is None else treedef.flatten_up_to(params)
-    kinds = kinds_of(specs, recipe.plan)
+    kinds = kinds_of(specs, recipe.plan) if kinds is None else kinds
     for spec, old in zip(specs, moments, strict=True):
         check_state(spec, kinds[spec.path], old)
     count = optax.safe_increment(state.count)
@@ -266,23 +288,14 @@ def step_leaves(
     }
     static = {name: getattr(recipe, name) for name in ("nesterov", "exact_lookup", "backend")}
     phases = leaf_phases([spec.path for spec in specs], jnp.asarray(count))
-    results, new_moments = [], []
-    for i, ((_, g), p, spec, old) in enumerate(zip(flat, leaves, specs, moments, strict=True)):
-        result, new = g if rates is None else p, old
+    for i, ((_, g), spec) in enumerate(zip(flat, specs, strict=True)):
         if g is not None and spec.trained:
             _check_gradient(spec, g)
-            own: dict[str, Any] = {"phase": phases[i]}
-            if rates is not None:
-                _check_parameter(spec, p)
-                own["rates"] = rates[i]
-            kind = kinds[spec.path]
-            result, new = _update_leaf(g, old, arrays | own, p, kind=kind, **static)
-        results.append(result)
-        new_moments.append(new)
-    new_state = ScaleByGefenState(
-        jnp.asarray(count), state.codebook, state.codebook4, **by_slot(treedef, new_moments)
-    )
-    return treedef.unflatten(results), new_state
+            own = arrays | {"phase": phases[i]}
+            leaf = LeafStep(i, spec, kinds[spec.path], g, moments[i], own, static)
+            moments[i] = visit(leaf)
+    slots = by_slot(treedef, moments)
+    return ScaleByGefenState(jnp.asarray(count), state.codebook, state.codebook4, **slots)
 
 
 def by_slot(treedef: Any, moments: list[Moments]) -> dict[str, Any]:
@@ -301,7 +314,8 @@ def _check_gradient(spec: LeafSpec, g: Any) -> None:
         )
 
 
-def _check_parameter(spec: LeafSpec, p: Any) -> None:
+def check_parameter(spec: LeafSpec, p: Any) -> None:
+    """Raises ValueError for a parameter that is not the one that the state was made for."""
     if jnp.shape(p) != spec.shape or not jnp.issubdtype(jnp.result_type(p), jnp.floating):
         raise ValueError(
             f"`params[{spec.path}]` must be a real floating array of shape {spec.shape}, as at"

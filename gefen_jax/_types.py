@@ -141,9 +141,23 @@ class Kind(Protocol):
 
 
 @runtime_checkable
-class FusedKind(Kind, Protocol):
-    """A kind that knows a faster way to take the parameter along than after `update`."""
+class Move(Protocol):
+    """How a fused step takes a weight, or a piece of it, along."""
 
-    def fused(self, p: Array, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
-        """One step: what `Step.moved` makes of the parameter and of `update`'s direction."""
+    def __call__(self, weight: Any, direction: Array, position: Array, step: Step, /) -> Any:
+        """The new weight; ``position`` are the row-major positions in the leaf, uint32."""
+        ...
+
+
+@runtime_checkable
+class FusedKind(Kind, Protocol):
+    """A kind that knows a better way to take the weight along than after `update`."""
+
+    def fused(
+        self, weight: Any, g: Array, moments: Moments, step: Step, move: Move, offset: Array
+    ) -> tuple[Any, Moments]:
+        """One step: what ``move`` makes of the weight, a tree of arrays like the leaf.
+
+        The leaf may be a part of another one: ``offset`` is the position of its first element.
+        """
         ...

@@ -1,22 +1,28 @@
-"""The README says what the result files say, and its links lead somewhere."""
+"""The README and docs/ say what the result files say, and their links lead somewhere."""
 
 import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_tables_are_those_of_the_result_files(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples" / "benchmarks"), *sys.path])
     import tables
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.with_tables(text) == text, "run: python examples/benchmarks/tables.py"
+    found = set()
+    for page in tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        found |= set(re.findall(r"<!-- (\w+) -->", text))
+        assert tables.with_tables(text) == text, "run: python examples/benchmarks/tables.py"
+    assert found == set(tables.TABLES)
 
 
-def test_local_links_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", text)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_local_links_exist(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []

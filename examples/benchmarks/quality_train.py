@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from quality_data import Data
-from quality_variants import VARIANTS
+from quality_variants import NARROW, VARIANTS
+
+import gefen_jax as gx
 
 Params = Any
 CURVE_POINTS, LAST_EVALUATIONS = 8, 3
@@ -117,7 +119,10 @@ class Trainer:
     def _begin(self, peak: float) -> tuple[Params, Any]:
         """Parameters and state before the first step."""
         params = jax.tree.map(jnp.copy, self._params)  # the step donates them
-        return params, self._tx.init(params)
+        opt_state = self._tx.init(params)
+        if self._recipe.variant in NARROW:
+            params, _ = gx.split_weights(params)
+        return params, opt_state
 
     def _advance(
         self, params: Params, opt_state: Any, batch: Any, peak: float
@@ -133,19 +138,24 @@ class Trainer:
             yield self._problem.data.batch(rng)
 
     def _cast(self, grads: Params) -> Params:
+        if self._recipe.variant in NARROW:
+            return grads  # in the weights' dtype
         return jax.tree.map(lambda g: g.astype(self._recipe.grad_dtype), grads)
 
     def _one_step(
         self, params: Params, opt_state: Any, frozen: Any, batch: Any, peak: jax.Array
     ) -> tuple[Params, Any]:
-        grads = self._cast(jax.grad(self._problem.loss)(params, frozen, batch))
+        grads = self._cast(jax.grad(self._loss)(params, frozen, batch))
         with self._schedule.at(peak):
             updates, opt_state = self._tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     def _validation_loss(self, params: Params, frozen: Any, validation: Any) -> jax.Array:
-        loss = self._problem.loss
-        return jax.lax.map(lambda batch: loss(params, frozen, batch), validation).mean()
+        return jax.lax.map(lambda batch: self._loss(params, frozen, batch), validation).mean()
+
+    def _loss(self, params: Params, frozen: Any, batch: Any) -> jax.Array:
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        return self._problem.loss(wide, frozen, batch)
 
     def run(self, peak: float) -> Outcome:
         """Trains from the start at one learning rate."""

@@ -32,6 +32,23 @@ def _gefen(
     return gx.gefen(learning_rate, b2=b2, weight_decay=weight_decay, mask=mask)
 
 
+def _optimizer(
+    make: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.Schedule,
+    *,
+    b2: float,
+    weight_decay: float,
+    mask: Any,
+    **_: Any,
+) -> optax.GradientTransformation:
+    """One that takes what AdamW takes."""
+    return make(learning_rate, b2=b2, weight_decay=weight_decay, mask=mask)
+
+
+def _split(bits: int, *args: Any, **kwargs: Any) -> optax.GradientTransformation:
+    return gx.with_split_weights(_gefen(*args, **kwargs), bits=bits)
+
+
 def _planned(
     rule: Literal["axis", "reference"],
     learning_rate: optax.Schedule,
@@ -109,5 +126,13 @@ VARIANTS: dict[str, Variant] = {
     "muon": functools.partial(_muon, optax.contrib.muon),
     "gefen_muon": functools.partial(_muon, gx.gefen_muon),
     "gefen_muon, 4 bits": functools.partial(_muon, functools.partial(gx.gefen_muon, bits=4)),
+    "flash_adamw": functools.partial(_optimizer, gx.flash_adamw),
+    "microadam": functools.partial(_optimizer, gx.microadam),
+    "gefen, split weights": functools.partial(_split, 24),
+    "gefen, 16 bits": functools.partial(_split, 16),
+    "gefen, bfloat16 weights": _gefen,
     **{f"simulated: {name}": functools.partial(_simulated, x) for name, x in _SIMULATED.items()},
 }
+
+# The model holds its weights in bfloat16, and gradients come in bfloat16; it computes in float32.
+NARROW = frozenset({"gefen, split weights", "gefen, 16 bits", "gefen, bfloat16 weights"})

@@ -1,4 +1,4 @@
-"""Writes the README's tables from the result files, between its markers.
+"""Writes the tables of the README and of docs/ from the result files, between their markers.
 
 python examples/benchmarks/tables.py
 """
@@ -14,7 +14,8 @@ from _common import RESULTS
 from quality_report import cells, read
 from quality_statistics import SETUP, by_setup, compare
 
-README = Path(__file__).parent.parent.parent / "README.md"
+_ROOT = Path(__file__).parent.parent.parent
+PAGES = (_ROOT / "README.md", _ROOT / "docs" / "total-memory.md")
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -112,25 +113,37 @@ def quality() -> str:
     return _markdown(head, rows)
 
 
+def memory() -> str:
+    """Bytes per parameter of a whole training step, and what fits."""
+    results = _load("memory.json")["results"]
+    devices = next(iter(results.values()))["billions of parameters that fit"]
+    rows = []
+    for name, row in results.items():
+        fits = row["billions of parameters that fit"].values()
+        numbers = f"{row['kept between steps']:.2f}", f"{row['bytes per parameter']:.2f}"
+        rows.append([name, *numbers, *(f"{n:.1f}" if n else "-" for n in fits)])
+    return _markdown(["", "kept", "at the peak", *devices], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "char_lm": char_lm,
     "quality": quality,
     "plans": plans,
     "cpu_step": cpu_step,
+    "memory": memory,
 }
 
 
 def with_tables(text: str) -> str:
-    """The README's text with every table made anew."""
-    for name, make in TABLES.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text, count = re.subn(
-            pattern, lambda m, make=make: m[1] + make() + m[2], text, flags=re.DOTALL
-        )
-        if count != 1:
-            raise ValueError(f"README.md must have the markers of {name!r} once, found {count}")
-    return text
+    """A page's text with every table between its markers made anew."""
+
+    def table(found: re.Match[str]) -> str:
+        return f"{found[1]}{TABLES[found[2]]()}\n{found[3]}"
+
+    # Right after the marker a table may be missing, where it has not been made yet.
+    return re.sub(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -27,6 +27,7 @@ def _bytes(printed: str) -> list[float]:
 EXAMPLES = {
     "linen_train_state": Example(says=lambda printed: "Dense_0/kernel dual_code" in printed),
     "nnx_optimizer": Example(says=lambda printed: "layers/0/kernel shared_blocks" in printed),
+    "nnx_release": Example(),
     "equinox_pair_axis": Example(
         says=lambda printed: (
             "layers/0/weight (256, 32) dual_code as asked: 256 along axis 0" in printed

@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # where char_lm is
 from _common import RESULTS, environment  # noqa: E402
 from quality_tasks import TASKS  # noqa: E402
 from quality_train import Outcome, Problem, Recipe, Trainer  # noqa: E402
-from quality_variants import VARIANTS  # noqa: E402
+from quality_variants import SIMULATED_BYTES, VARIANTS  # noqa: E402
 
 DEFAULT_OUT = RESULTS / "quality.jsonl"
 
@@ -106,12 +106,13 @@ def row_of(job: Job, problem: Problem, trainer: Trainer, outcome: Outcome) -> di
         return round(loss, 6) if math.isfinite(loss) else None
 
     versions = environment()
+    held = outcome.state_bytes / trainer.parameters
     return {
         **asdict(job),
         "loss": plain(outcome.loss),
         "curve": [(step, plain(loss)) for step, loss in outcome.curve],
         "parameters": trainer.parameters,
-        "state_bytes_per_parameter": round(outcome.state_bytes / trainer.parameters, 4),
+        "state_bytes_per_parameter": round(SIMULATED_BYTES.get(job.variant, held), 4),
         "seconds": round(outcome.seconds, 1),
         "cpu_seconds": round(outcome.cpu_seconds, 1),
         "data_sha256": problem.data.sha256,

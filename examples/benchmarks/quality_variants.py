@@ -118,9 +118,30 @@ _SIMULATED = {
     ),
 }
 
+
+def _shorter_axis(
+    learning_rate: optax.Schedule,
+    *,
+    b2: float,
+    weight_decay: float,
+    mask: Any,
+    params: Any,
+    **_: Any,
+) -> optax.GradientTransformation:
+    """Pairs of two features of the residual stream, which lie along a matrix's shorter axis."""
+    axes = {
+        row.path: len(row.shape) - 2
+        for row in gx.plan_by_shape(params).table()
+        if row.kind == gx.DualCode.name and row.shape[-2] < row.shape[-1]
+    }
+    plan = gx.plan_by_shape(params, pair_axis=axes)
+    return gx.gefen(learning_rate, b2=b2, weight_decay=weight_decay, mask=mask, plan=plan)
+
+
 VARIANTS: dict[str, Variant] = {
     "adamw": _adamw,
     "gefen": _gefen,
+    "gefen, pairs along the shorter axis": _shorter_axis,
     "gefen, shared blocks": functools.partial(_planned, "axis"),
     "gefen, reference rule": functools.partial(_planned, "reference"),
     "muon": functools.partial(_muon, optax.contrib.muon),
@@ -136,3 +157,6 @@ VARIANTS: dict[str, Variant] = {
 
 # The model holds its weights in bfloat16, and gradients come in bfloat16; it computes in float32.
 NARROW = frozenset({"gefen, split weights", "gefen, 16 bits", "gefen, bfloat16 weights"})
+
+# Bytes per parameter that a simulated state would need, of large leaves.
+SIMULATED_BYTES = {f"simulated: {name}": x.bytes_per_parameter for name, x in _SIMULATED.items()}

@@ -98,6 +98,10 @@ def _parts(setup: tuple[Any, ...]) -> list[str]:
     return [units.get(name, "{}").format(x) for name, x in zip(SETUP, setup, strict=True)]
 
 
+# What was tried, but is no state that one can have: all of it is in quality.md.
+_NOT_SHOWN = ("simulated", "gefen, pairs")
+
+
 def quality() -> str:
     """Losses of the quality bench at AdamW's best learning rate, paired differences, bytes."""
     rows, usual = [], {}
@@ -107,6 +111,8 @@ def quality() -> str:
         parts = [title for title, a, b in zip(_parts(setup), setup, first, strict=True) if a != b]
         name = ", ".join([setup[0], *parts])
         for of in compare(runs):
+            if of.variant.startswith(_NOT_SHOWN):
+                continue
             _, loss, difference, own, own_loss, _, seeds, size = cells(of)
             rows.append([name, of.variant, loss, difference, f"{own_loss} at {own}", seeds, size])
     head = ["task", "", "loss", "less AdamW's", "best of the rates tried", "seeds", "bytes"]
@@ -125,11 +131,29 @@ def memory() -> str:
     return _markdown(["", "kept", "at the peak", *devices], rows)
 
 
+def gpu_memory() -> str:
+    """Temporaries and kernels of a step, compiled for a GPU."""
+    trees = _load("gpu_memory.json")["results"]["trees"]
+    names = list(next(iter(trees.values())))
+    rows = [
+        [
+            tree,
+            *(
+                f"{found[n]['temporary_bytes_per_parameter']:.2f} ({found[n]['kernels']:,})"
+                for n in names
+            ),
+        ]
+        for tree, found in trees.items()
+    ]
+    return _markdown(["temporaries in bytes per parameter (kernels)", *names], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "char_lm": char_lm,
     "quality": quality,
     "plans": plans,
     "cpu_step": cpu_step,
+    "gpu_memory": gpu_memory,
     "memory": memory,
 }
 

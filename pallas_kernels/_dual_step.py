@@ -11,7 +11,6 @@ same numbers come out but for rounding; what is computed otherwise, and why:
   one place, and no float is converted to an integer.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_power_of_two
+from pallas_kernels._split_weight import merge, split
 from pallas_kernels._triton import Table, load, lookup, store
 
 LEVELS = 16
@@ -55,6 +55,8 @@ class Form(NamedTuple):
     fused: bool  # writes the new parameter, not the update
     nesterov: bool
     interpret: bool
+    bits: int | None  # of a parameter that is a split weight
+    stochastic: bool  # a fraction rounds it
 
 
 class Tables(NamedTuple):
@@ -63,6 +65,16 @@ class Tables(NamedTuple):
     codebook: Table
     offset: Table
     slope: Table
+
+
+class _Leaf(NamedTuple):
+    """Refs of what a step reads, or of what it writes."""
+
+    param: Any  # written without having been read, it is the update
+    codes: Any
+    scale: Any
+    exponent: Any
+    correction: Any = None  # of a split weight of more than 16 bits
 
 
 class _Tile(NamedTuple):
@@ -194,13 +206,15 @@ def _code(pairs: _Pairs, fractions: tuple[Array, Array, Array], tables: Tables) 
 def make_kernel(layout: DualLayout, config: DualStepConfig, form: Form) -> Any:
     """The kernel. Refs are whole: leaves [blocks, period, inner], statistics [blocks, inner].
 
-    Inputs: scalars, phase, tables, g, the parameter if fused, codes, scales, exponents. Outputs:
-    the update or the new parameter, then new codes, scales and exponents, which may lie in place.
+    Inputs: scalars, phase, tables, g, and those fields of a `_Leaf` that there are. Outputs: the
+    new ones, which may lie in place. The words of the phase are two for the moments, and two for
+    the weight if a fraction rounds it.
     """
 
     def kernel(scalars_ref: Any, phase_ref: Any, tables_ref: Any, g_ref: Any, *refs: Any) -> None:
-        param_ref, refs = (refs[0], refs[1:]) if form.fused else (None, refs)
-        codes_ref, scale_ref, exponent_ref, out_ref, *new_refs = refs
+        outputs = 4 if form.bits in (None, 16) else 5
+        old_refs = _Leaf(*([] if form.fused else [None]), *refs[:-outputs])
+        new_refs = _Leaf(*refs[-outputs:])
         tile = _tile(layout, config)
         at = tile.first, tile.second
         scalars = {name: scalars_ref[i] for i, name in enumerate(SCALARS)}
@@ -208,9 +222,10 @@ def make_kernel(layout: DualLayout, config: DualStepConfig, form: Form) -> Any:
 
         g = [load(g_ref, x, tile.mask).astype(jnp.float32) for x in at]
         g = [x * scalars["gradient_factor"] for x in g]
-        old = [load(codes_ref, x, tile.mask).astype(jnp.int32) for x in at]
-        scale = load(scale_ref, tile.stats, tile.stats_mask)[:, None, :]
-        exponent = load(exponent_ref, tile.stats, tile.stats_mask)[:, None, :].astype(jnp.int32)
+        old = [load(old_refs.codes, x, tile.mask).astype(jnp.int32) for x in at]
+        scale = load(old_refs.scale, tile.stats, tile.stats_mask)[:, None, :]
+        exponent = load(old_refs.exponent, tile.stats, tile.stats_mask)[:, None, :]
+        exponent = exponent.astype(jnp.int32)
 
         nu = _nu_level(exponent, (old[0] & 0xF0) | (old[1] >> 4))
         if layout.pairs != tile.mask.shape[1]:
@@ -240,17 +255,38 @@ def make_kernel(layout: DualLayout, config: DualStepConfig, form: Form) -> Any:
             if form.nesterov:
                 out = out + gradient * scalars["g_factor"] * inverse
             if form.fused:
-                param = load(param_ref, x, tile.mask).astype(jnp.float32)
-                step = out + scalars["weight_decay"] * param
-                out = param - scalars["learning_rate"] * step
-            store(out_ref, x, out, tile.mask)
+                theta = _load_param(old_refs, x, tile.mask, form)
+                change = scalars["learning_rate"] * (out + scalars["weight_decay"] * theta)
+                # Not theta - 0, which is no identity for -0, nor where subnormals are flushed.
+                out = jnp.where(change == 0, theta, theta - change)
+            fraction = None
+            if form.stochastic:
+                fraction, _ = _dither((phase_ref[2], phase_ref[3]), x, layout)
+            _store_param(new_refs, x, tile.mask, out, form, fraction)
 
     return kernel
 
 
-def _store_state(refs: Sequence[Any], tile: _Tile, new: _Coded) -> None:
-    codes_ref, scale_ref, exponent_ref = refs
-    store(codes_ref, tile.first, (new.h & 0xF0) | new.k1, tile.mask)
-    store(codes_ref, tile.second, ((new.h & 15) << 4) | new.k2, tile.mask)
-    store(scale_ref, tile.stats, jnp.squeeze(new.scale, 1), tile.stats_mask)
-    store(exponent_ref, tile.stats, jnp.squeeze(new.exponent, 1), tile.stats_mask)
+def _load_param(refs: _Leaf, at: Any, mask: Array, form: Form) -> Float[Array, "..."]:
+    param = load(refs.param, at, mask)
+    if form.bits is None:
+        return param.astype(jnp.float32)
+    return merge(param, None if refs.correction is None else load(refs.correction, at, mask))
+
+
+def _store_param(
+    refs: _Leaf, at: Any, mask: Array, out: Array, form: Form, fraction: Array | None
+) -> None:
+    low = None
+    if form.bits is not None:
+        out, low = split(out, form.bits, fraction)
+    store(refs.param, at, out, mask)
+    if low is not None:
+        store(refs.correction, at, low, mask)
+
+
+def _store_state(refs: _Leaf, tile: _Tile, new: _Coded) -> None:
+    store(refs.codes, tile.first, (new.h & 0xF0) | new.k1, tile.mask)
+    store(refs.codes, tile.second, ((new.h & 15) << 4) | new.k2, tile.mask)
+    store(refs.scale, tile.stats, jnp.squeeze(new.scale, 1), tile.stats_mask)
+    store(refs.exponent, tile.stats, jnp.squeeze(new.exponent, 1), tile.stats_mask)

@@ -14,9 +14,16 @@ from pallas_kernels._dual_step_config import (
     DualStepConfig,
     dual_step_config,
 )
+from pallas_kernels._split_weight import BITS
 from pallas_kernels._triton import compiler_params
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+_DTYPES = {
+    "codes": (jnp.uint8,),
+    "scale": (jnp.float32,),
+    "exponent": (jnp.uint8,),
+    "correction": (jnp.int8, jnp.int16),
+}
 # Pallas' Triton dialect takes offsets of 32 bits, signed, for arrays of up to 2^32 bytes.
 _MAX_SIZE = 2**31 - 1
 
@@ -35,6 +42,18 @@ class DualScalars(NamedTuple):
     correction2: Any  # 1 - b2^t
 
 
+class SplitWeight(NamedTuple):
+    """What a parameter in bfloat16 has beside it, if it stands for a number of more bits."""
+
+    correction: Array | None  # int8 for 24 bits, int16 for 32, None for 16
+    phase: Array | None  # two words, uint32, for its dither; None to round to the nearest
+
+    @property
+    def bits(self) -> int:
+        """Of weight and correction."""
+        return BITS[None if self.correction is None else self.correction.dtype]
+
+
 class DualStepResult(NamedTuple):
     """What a step returns."""
 
@@ -42,6 +61,7 @@ class DualStepResult(NamedTuple):
     codes: Array
     scale: Array
     exponent: Array
+    correction: Array | None = None  # of a split weight of more than 16 bits
 
 
 def _tables(codebook: Float[Array, "16"]) -> Float[Array, "48"]:
@@ -66,9 +86,8 @@ def _scalars(
 
 def _check(leaves: dict[str, Array], stats: dict[str, Array], layout: DualLayout) -> None:
     """Raises unless the arrays have the layout's shapes and the right dtypes."""
-    wanted = {"codes": (jnp.uint8,), "scale": (jnp.float32,), "exponent": (jnp.uint8,)}
     for name, x in (leaves | stats).items():
-        dtypes = wanted.get(name, _FLOATS)
+        dtypes = _DTYPES.get(name, _FLOATS)
         if x.dtype not in dtypes:
             names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
             raise TypeError(f"`{name}` must be {names}, got {x.dtype}")
@@ -83,6 +102,17 @@ def _check(leaves: dict[str, Array], stats: dict[str, Array], layout: DualLayout
         raise NotImplementedError(
             f"this kernel takes blocks of at most {MAX_PERIOD} elements and leaves of at most"
             f" {_MAX_SIZE}, got {layout}: use the XLA backend for this leaf"
+        )
+
+
+def _check_split(param: Array | None) -> None:
+    """Raises unless the parameter can be a split weight here."""
+    if param is None:
+        raise ValueError("`split` needs `param`, the weight that it belongs to")
+    if param.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"this kernel takes split weights in bfloat16, got `param` in {param.dtype}: use the"
+            " XLA backend for this leaf"
         )
 
 
@@ -102,6 +132,7 @@ def dual_step(
     param: Num[Array, "*shape"] | None = None,
     learning_rate: Any = 0.0,
     weight_decay: Any = 0.0,
+    split: SplitWeight | None = None,
     config: DualStepConfig | None = None,
     interpret: bool = False,
 ) -> DualStepResult:
@@ -113,6 +144,12 @@ def dual_step(
 
     computed in float32 and cast once; without, the update. Codes, scales, exponents and the
     parameter are written in place where the caller donates them.
+
+    With ``split``, the parameter is a weight in bfloat16 that stands for 16, 24 or 32 bits: it is
+    merged with its correction, moved in float32, and split again, as `gefen_jax._split` has it, by
+    the same integers and the same dither. A change of 0 leaves both as they are, bit for bit. What
+    is written is the split number itself, also where an update that is added to the old weight in
+    float32, as Optax does, could not say so (a new weight below 2^-14 of the old one).
 
     Args:
       g: The gradient: float32, bfloat16 or float16.
@@ -128,6 +165,7 @@ def dual_step(
       param: The parameter, for the fused form: float32, bfloat16 or float16.
       learning_rate: Of the fused form, a number or a traced scalar.
       weight_decay: Likewise; 0 for a leaf without.
+      split: What goes with a weight in bfloat16; None for a parameter in one part.
       config: How programs are cut; None takes `dual_step_config`.
       interpret: Runs without a GPU, slowly.
 
@@ -135,12 +173,19 @@ def dual_step(
       The update in the gradient's dtype, or the new parameter in its own, and the new state.
 
     Raises:
-      NotImplementedError: for blocks or leaves too large for this kernel, or a jax without the
-        Triton dialect of Pallas.
+      TypeError: for other dtypes than these.
+      ValueError: for shapes that are not the layout's, and for ``split`` without ``param``.
+      NotImplementedError: for blocks or leaves too large for this kernel, split weights in another
+        dtype than bfloat16, or a jax without the Triton dialect of Pallas.
     """
-    fused = param is not None
-    leaves = {"g": g, "codes": codes} | ({"param": param} if fused else {})
+    correction, weight_phase = (None, None) if split is None else split
+    leaves = {"g": g, "codes": codes, "param": param, "correction": correction}
+    leaves = {name: x for name, x in leaves.items() if x is not None}
     _check(leaves, {"scale": scale, "exponent": exponent}, layout)
+    if split is not None:
+        _check_split(param)
+    bits = None if split is None else split.bits
+    form = Form(param is not None, nesterov, interpret, bits, weight_phase is not None)
     config = dual_step_config(layout) if config is None else config
     others = {
         "gradient_factor": gradient_factor,
@@ -148,29 +193,27 @@ def dual_step(
         "weight_decay": weight_decay,
     }
 
-    like = param if fused else g
+    like = g if param is None else param
+    old = [like, codes, scale, exponent, *([] if correction is None else [correction])]
     shape = (layout.blocks, layout.period, layout.inner)
-    state = [codes.reshape(shape), *(x.reshape(shape[::2]) for x in (scale, exponent))]
+    shaped = [x.reshape(shape[::2] if x is scale or x is exponent else shape) for x in old]
     inputs = [
         _scalars(scalars, nesterov, others),
-        phase,
+        phase if weight_phase is None else jnp.concatenate([phase, weight_phase]),
         _tables(codebook),
         g.reshape(shape),
-        *([param.reshape(shape)] if fused else []),
-        *state,
+        *(shaped if form.fused else shaped[1:]),
     ]
-    outputs = [jax.ShapeDtypeStruct(shape, like.dtype)]
-    outputs += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state]
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shaped]
     # Never the gradient: whose it is, we do not know, and an alias would then cost a copy.
-    in_place = range(0 if fused else 1, len(outputs))
+    in_place = range(0 if form.fused else 1, len(outputs))
     call = pl.pallas_call(
-        make_kernel(layout, config, Form(fused, nesterov, interpret)),
+        make_kernel(layout, config, form),
         out_shape=outputs,
         grid=(pl.cdiv(layout.blocks, config.rows) * pl.cdiv(layout.inner, config.columns),),
         input_output_aliases={len(inputs) - len(outputs) + i: i for i in in_place},
         compiler_params=compiler_params(config.num_warps),
         interpret=interpret,
-        name="gefen_dual_step_fused" if fused else "gefen_dual_step",
+        name="gefen_dual_step_fused" if form.fused else "gefen_dual_step",
     )
-    old = (like, codes, scale, exponent)
     return DualStepResult(*(x.reshape(y.shape) for x, y in zip(call(*inputs), old, strict=True)))

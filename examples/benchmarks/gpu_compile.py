@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from _common import write
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels import DualLayout, DualScalars, dual_step, dual_step_config
+from pallas_kernels import DualLayout, DualScalars, SplitWeight, dual_step, dual_step_config
 
 TARGET = Path(__file__).parent / "targets" / "h200.txt"
 PERIODS = (96, 256, 320, 768, 1000, 1024)
 INNERS = (1, 768)
 SIZE = 1 << 24  # of a leaf, about
 KERNEL = "gefen_dual_step"
+CORRECTIONS = {None: None, 16: None, 24: "int8", 32: "int16"}
 
 
 class Build(NamedTuple):
@@ -41,6 +41,7 @@ class Build(NamedTuple):
     inner: int
     gradient: str
     fused: bool
+    bits: int | None = None  # of a split weight, in bfloat16; None for a parameter in float32
 
     @property
     def layout(self) -> DualLayout:
@@ -58,39 +59,42 @@ def set_environment(dump: str) -> None:
 
 
 def builds() -> list[Build]:
-    """Every layout in both forms; other dtypes at the default period."""
-    every = [(p, i, "float32", fused) for i in INNERS for p in PERIODS for fused in (False, True)]
-    every += [(256, 1, dtype, True) for dtype in ("bfloat16", "float16")]
-    return [Build(*x) for x in every]
+    """Every layout in both forms and with split weights; the rest at the default period."""
+    layouts = [(p, i) for i in INNERS for p in PERIODS]
+    every = [Build(*x, "float32", fused) for x in layouts for fused in (False, True)]
+    every += [Build(256, 1, dtype, True) for dtype in ("bfloat16", "float16")]
+    every += [Build(*x, "bfloat16", True, 24) for x in layouts]
+    return every + [Build(256, 1, "bfloat16", True, bits) for bits in (16, 32)]
+
+
+def arguments(build: Build, device: Any) -> tuple[Any, Any]:
+    """Of a step, without numbers: what it may overwrite, and the rest."""
+    layout, sharding = build.layout, SingleDeviceSharding(device)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return None if dtype is None else jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    shape = (layout.blocks, layout.period, layout.inner)
+    state = (array(shape, "uint8"), array(shape[::2], "float32"), array(shape[::2], "uint8"))
+    dtype = None if not build.fused else "float32" if build.bits is None else "bfloat16"
+    param, correction = array(shape, dtype), array(shape, CORRECTIONS[build.bits])
+    rest = {
+        "scalars": DualScalars(*(array((), "float32") for _ in DualScalars._fields)),
+        "codebook": array((16,), "float32"),
+        "phase": array((2,), "uint32"),
+    }
+    if build.fused:
+        rest |= {name: array((), "float32") for name in ("learning_rate", "weight_decay")}
+    return (state, param, correction), (array(shape, build.gradient), rest)
 
 
 def compiled(build: Build, device: Any) -> Any:
     """A jitted step with donated parameter and state, as machine code."""
-    layout, sharding = build.layout, SingleDeviceSharding(device)
 
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    shape = (layout.blocks, layout.period, layout.inner)
-    state = [
-        array(shape, jnp.uint8),
-        *(array(shape[::2], dtype) for dtype in (jnp.float32, jnp.uint8)),
-    ]
-    scalars = DualScalars(*(array((), jnp.float32) for _ in DualScalars._fields))
-    others = (array((16,), jnp.float32), array((2,), jnp.uint32))
-
-    def step(state: Any, param: Any, g: Any, scalars: Any, rate: Any, others: Any) -> Any:
-        codebook, phase = others
-        fused = {"param": param, "learning_rate": rate, "weight_decay": rate}
-        return dual_step(
-            g,
-            *state,
-            layout=layout,
-            scalars=scalars,
-            codebook=codebook,
-            phase=phase,
-            **(fused if build.fused else {}),
-        )
+    def step(donated: Any, others: Any) -> Any:
+        (state, param, correction), (g, rest) = donated, others
+        split = None if build.bits is None else SplitWeight(correction, rest["phase"])
+        return dual_step(g, *state, layout=build.layout, param=param, split=split, **rest)
 
     mesh = AbstractMesh(
         (1,),
@@ -98,12 +102,10 @@ def compiled(build: Build, device: Any) -> Any:
         axis_types=(AxisType.Auto,),
         abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda"),
     )
-    param = array(shape, jnp.float32) if build.fused else None
-    g, rate = array(shape, build.gradient), array((), jnp.float32)
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         # The Triton dialect is deprecated from jax 0.11 on.
         warnings.simplefilter("ignore", DeprecationWarning)
-        traced = jax.jit(step, donate_argnums=(0, 1)).trace(state, param, g, scalars, rate, others)
+        traced = jax.jit(step, donate_argnums=0).trace(*arguments(build, device))
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
@@ -148,7 +150,7 @@ def main() -> None:
     """Compiles everything, writes the result file and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ptxas", default=shutil.which("ptxas"))
-    parser.add_argument("--out", default="gpu_compile.json")
+    parser.add_argument("--out", default="gpu_compile.json", help="a file in examples/results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         set_environment(name)
@@ -163,7 +165,7 @@ def main() -> None:
         "ptxas": version.stdout.strip().splitlines()[-1],
         "kernels": rows,
     }
-    write(args.out, "python examples/benchmarks/gpu_compile.py", results)
+    write(args.out, f"python examples/benchmarks/gpu_compile.py --out {args.out}", results)
     table = Table(*rows[0], title=results["note"])
     for row in rows:
         table.add_row(*map(str, row.values()))

@@ -23,9 +23,7 @@ from gefen_jax._fused import fused_gefen as fused_gefen
 from gefen_jax._microadam import ScaleByMicroAdamState as ScaleByMicroAdamState
 from gefen_jax._microadam import microadam as microadam
 from gefen_jax._microadam import scale_by_microadam as scale_by_microadam
-from gefen_jax._muon import ScaleByGefenMuonState as ScaleByGefenMuonState
 from gefen_jax._muon import gefen_muon as gefen_muon
-from gefen_jax._muon import scale_by_gefen_muon as scale_by_gefen_muon
 from gefen_jax._plan import LeafPlan as LeafPlan
 from gefen_jax._plan import Plan as Plan
 from gefen_jax._plan import plan_by_shape as plan_by_shape
@@ -33,6 +31,8 @@ from gefen_jax._release import gradient_release as gradient_release
 from gefen_jax._replan import replan as replan
 from gefen_jax._report import MemoryReport as MemoryReport
 from gefen_jax._report import memory_report as memory_report
+from gefen_jax._scale_by_muon import ScaleByGefenMuonState as ScaleByGefenMuonState
+from gefen_jax._scale_by_muon import scale_by_gefen_muon as scale_by_gefen_muon
 from gefen_jax._shared_blocks import SharedBlocks as SharedBlocks
 from gefen_jax._split_weights import SplitWeightsState as SplitWeightsState
 from gefen_jax._split_weights import merge_weights as merge_weights

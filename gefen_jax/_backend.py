@@ -1,7 +1,7 @@
 """The one place that knows which device it is on, and which implementation runs there."""
 
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import AxisType
@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
 from gefen_jax._chunks import CHUNK
+from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._specs import fitting_spec
 from gefen_jax._step import by_equal_runs
 from gefen_jax._types import Kind, Moments, Step
@@ -70,7 +71,7 @@ def in_best_form(advance: Advance, g: Array, state: Any, block: Shape, step: Ste
             *args, cpu=form(CHUNK), **dict.fromkeys(_GPUS, on_gpu), default=whole
         )
 
-    g, state = _refuse_gradient((g, state))
+    g, state = not_differentiable((g, state), _NO_DERIVATIVE)
     return by_equal_runs(one_size, g, state, block)
 
 
@@ -124,19 +125,11 @@ def laid_out_like(like: Any, function: Callable[..., Any], *args: Any) -> Any:
         return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
 
 
-@jax.custom_jvp
-def _refuse_gradient(x: Any) -> Any:
-    """The identity, which nobody may differentiate."""
-    return x
-
-
-@_refuse_gradient.defjvp
-def _refuse_gradient_jvp(primals: Any, tangents: Any) -> NoReturn:
-    raise NotImplementedError(
-        "a quantised momentum has no useful derivative: gefen's update cannot be differentiated"
-        " with respect to gradients or state. Use optax.adamw, or gefen_jax.Exact() for every"
-        ' leaf (`plan.with_kind("*", gefen_jax.Exact())`), where you need it.'
-    )
+_NO_DERIVATIVE = (
+    "a quantised momentum has no useful derivative: gefen's update cannot be differentiated"
+    " with respect to gradients or state. Use optax.adamw, or gefen_jax.Exact() for every"
+    ' leaf (`plan.with_kind("*", gefen_jax.Exact())`), where you need it.'
+)
 
 
 def _apart(moments: Moments, step: Step) -> tuple[Moments, Step]:

@@ -14,7 +14,7 @@ from gefen_jax._companding import FIRST, SECOND, Coded
 from gefen_jax._dither import leaf_phases
 from gefen_jax._flash_step import Kept, Real, Rule, check_leaf, init, update_leaf
 from gefen_jax._paths import leaf_spec, path_name
-from gefen_jax._transform import check_number
+from gefen_jax._transform import check_number, decay_at
 from gefen_jax._types import Decay
 
 _SCALE_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
@@ -46,13 +46,6 @@ class ScaleByFlashMomentumState(NamedTuple):
 _State = ScaleByFlashAdamState | ScaleByFlashMomentumState
 
 
-def _decay(count: Any, b1: Any, b2: Any = 0.0, eps: Any = 0.0, eps_root: Any = 0.0) -> Decay:
-    # `1 - b ** t` as Optax writes it.
-    t = count.astype(jnp.float32)
-    corrections = 1 - b1**t, 1 - b1 ** (t + 1), 1 - b2**t
-    return Decay(b1, b2, 1 - b1, 1 - b2, eps, eps_root, *corrections)
-
-
 def _by_slot(treedef: Any, kept: Sequence[Kept | None], number: int) -> list[Any]:
     """Codes and scales of every moment, a tree each; None for a leaf without any."""
     none = (Coded(None, None),) * number  # pyright: ignore[reportArgumentType]
@@ -63,7 +56,13 @@ def _by_slot(treedef: Any, kept: Sequence[Kept | None], number: int) -> list[Any
 
 
 def _transformation(
-    rule: Rule, make_state: type[_State], scale_dtype: DTypeLike, *decay: Any
+    rule: Rule,
+    make_state: type[_State],
+    scale_dtype: DTypeLike,
+    b1: Any,
+    b2: Any = 0.0,
+    eps: Any = 0.0,
+    eps_root: Any = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of a rule."""
     scale_dtype = jnp.dtype(scale_dtype)
@@ -95,7 +94,8 @@ def _transformation(
         for i in trained:
             check_leaf(paths[i], results[i], kept[i], scale_dtype)
         count = jnp.asarray(optax.safe_increment(state.count))
-        scalars, phases = _decay(count, *decay), leaf_phases(paths, count)
+        scalars = decay_at(b1, b2, eps, eps_root, count)
+        phases = leaf_phases(paths, count)
         for i in trained:
             results[i], kept[i] = update_leaf(results[i], kept[i], scalars, phases[i], rule=rule)
         new_state = make_state(count, *_by_slot(treedef, kept, number))

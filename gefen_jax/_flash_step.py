@@ -8,7 +8,7 @@ mesh as it does. Other leaves are taken as vectors, and so are their scales.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from gefen_jax._blocks import Shape, flat_view, split, split_stats, stats_shape
 from gefen_jax._chunks import Piece, over_pieces
 from gefen_jax._companding import FIRST, SECOND, Coded, decode, encode, round_scale
 from gefen_jax._dither import dither, positions
+from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._types import Decay, Step
 
 GROUP = 32
@@ -155,7 +156,7 @@ def _update(
 ) -> tuple[Array, Kept]:
     shape, block = groups_of(g.shape)
     step = Step(decay, _NO_TABLE, _NO_TABLE, _NO_TABLE, False, False, None)
-    g, kept = _refuse_gradient((g, kept))
+    g, kept = not_differentiable((g, kept), _NO_DERIVATIVE)
     seen = tuple(Coded(x.code.reshape(shape), x.scale) for x in kept)
     advance = functools.partial(_advance, rule)
     update, new = in_best_form(advance, g.reshape(shape), seen, block, step)
@@ -177,15 +178,7 @@ def update_leaf(g, kept, decay, phase, *, rule):
     return laid_out_like(g, functools.partial(_update, rule), g, kept, decay, phase)
 
 
-@jax.custom_jvp
-def _refuse_gradient(x: Any) -> Any:
-    """The identity, which nobody may differentiate."""
-    return x
-
-
-@_refuse_gradient.defjvp
-def _refuse_gradient_jvp(primals: Any, tangents: Any) -> NoReturn:
-    raise NotImplementedError(
-        "companded moments have no useful derivative: the update cannot be differentiated with"
-        " respect to gradients or state. Use optax's own optimizer where you need it."
-    )
+_NO_DERIVATIVE = (
+    "companded moments have no useful derivative: the update cannot be differentiated with"
+    " respect to gradients or state. Use optax's own optimizer where you need it."
+)

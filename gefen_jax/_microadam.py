@@ -140,6 +140,7 @@ def scale_by_microadam(
     Raises:
       ValueError: For arguments out of range; in ``update`` for a state that does not fit, by name.
       TypeError: In ``init`` for a complex leaf.
+      NotImplementedError: When the update of a large leaf is differentiated.
 
     Examples:
       >>> import jax.numpy as jnp

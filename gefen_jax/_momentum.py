@@ -21,9 +21,8 @@ over a few steps.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
@@ -35,6 +34,7 @@ from gefen_jax._encoder import Encoder, decode, encode
 from gefen_jax._exact import Exact
 from gefen_jax._four_bits import group_block, pack, packed_shape, unpack
 from gefen_jax._levels import Levels, level, round_to_level
+from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._types import Kind
 
 BITS = (4, 8, 32)
@@ -201,7 +201,7 @@ def advance(
       <https://arxiv.org/abs/2606.13894>`_, 2026
     """
     if storage.block is not None:
-        g, momentum = _refuse_gradient((g, momentum))
+        g, momentum = not_differentiable((g, momentum), _NO_DERIVATIVE)
     # The order of `optax.tree.update_moment`, so that 32 bits are optax.contrib.muon.
     m = one_minus_beta * g + beta * read(momentum, g.shape, storage, coder)
     if storage.block is None or coder is None:
@@ -209,15 +209,7 @@ def advance(
     return m, _write(m, storage, coder, exact_lookup)
 
 
-@jax.custom_jvp
-def _refuse_gradient(x: tuple[Array, Momentum]) -> tuple[Array, Momentum]:
-    """The identity, which nobody may differentiate."""
-    return x
-
-
-@_refuse_gradient.defjvp
-def _refuse_gradient_jvp(primals: Any, tangents: Any) -> NoReturn:
-    raise NotImplementedError(
-        "a quantised momentum has no useful derivative: the update cannot be differentiated with"
-        " respect to gradients or state. Use `bits=32` where you need it."
-    )
+_NO_DERIVATIVE = (
+    "a quantised momentum has no useful derivative: the update cannot be differentiated with"
+    " respect to gradients or state. Use `bits=32` where you need it."
+)

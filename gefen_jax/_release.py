@@ -11,10 +11,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from gefen_jax._fused import FusedGefen
-from gefen_jax._muon import ScaleByGefenMuonState
 from gefen_jax._release_check import check_separable
 from gefen_jax._release_model import Model, Visit, find_layers, forward, sweep
 from gefen_jax._release_part import Choice, Part, check_layers, flatten, owners, put, take
+from gefen_jax._scale_by_muon import ScaleByGefenMuonState
 from gefen_jax._transform import ScaleByGefenState, check_number
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from gefen_jax._flash import ScaleByFlashAdamState, ScaleByFlashMomentumState
 from gefen_jax._microadam import ScaleByMicroAdamState
-from gefen_jax._muon import ScaleByGefenMuonState
 from gefen_jax._paths import named_leaves
+from gefen_jax._scale_by_muon import ScaleByGefenMuonState
 from gefen_jax._split_weights import SplitWeightsState
 from gefen_jax._transform import ScaleByGefenState
 

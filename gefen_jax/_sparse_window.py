@@ -23,6 +23,7 @@ from jaxtyping import Array, BFloat16, Float, Int, Int16, UInt8
 
 from gefen_jax._blocks import Shape
 from gefen_jax._four_bits import pack, unpack
+from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._types import Decay
 
 _MAX_BLOCK = 1 << 15
@@ -135,6 +136,7 @@ def step(
     g: Float[Array, "*shape"], state: Sparse, cut: Geometry, s: Scalars
 ) -> tuple[Float[Array, "*shape"], Sparse]:
     """The update, float32, and the state after it."""
+    g, state = not_differentiable((g, state), _NO_DERIVATIVE)
     flat = jnp.pad(g.astype(jnp.float32).reshape(-1), (0, cut.blocks * cut.block - cut.size))
 
     def of_block(args: tuple[Array, Sparse]) -> tuple[Array, Sparse]:
@@ -150,3 +152,9 @@ def step(
     blocks = flat.reshape(cut.blocks, cut.block)
     updates, new = jax.lax.map(of_block, (blocks, state), batch_size=_AT_ONCE)
     return updates.reshape(-1)[: cut.size].reshape(g.shape), new
+
+
+_NO_DERIVATIVE = (
+    "a window of the largest gradients has no useful derivative: microadam's update cannot be"
+    " differentiated with respect to gradients or state. Use optax.adamw where you need it."
+)

@@ -16,12 +16,14 @@ XLA, which may keep excess precision, could take for the identity.
 """
 
 import functools
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
+
+from gefen_jax._not_differentiable import not_differentiable
 
 BITS = (16, 24, 32)
 
@@ -182,7 +184,7 @@ def advance(
     The sum ``weight + delta``, cast to the weight's dtype, is the new weight wherever float32 can
     say so (see `gefen_jax.with_split_weights`). The correction is that of the sum, whatever it is.
     """
-    update = _refuse_gradient(update)
+    update = not_differentiable(update, _NO_DERIVATIVE)
     theta = merge(weight, correction)
     # Not `theta + 0`, which is no identity for -0, nor for subnormals where they are flushed.
     theta = jnp.where(update == 0, theta, theta + update)
@@ -195,15 +197,7 @@ def advance(
     return delta, _correction(negative, rounded, applied, bits)
 
 
-@jax.custom_jvp
-def _refuse_gradient(x: Array) -> Array:
-    """The identity, which nobody may differentiate."""
-    return x
-
-
-@_refuse_gradient.defjvp
-def _refuse_gradient_jvp(primals: Any, tangents: Any) -> NoReturn:
-    raise NotImplementedError(
-        "rounding has no useful derivative: the update of `with_split_weights` cannot be"
-        " differentiated. Use the wrapped transformation with float32 parameters where you need it."
-    )
+_NO_DERIVATIVE = (
+    "rounding has no useful derivative: the update of `with_split_weights` cannot be"
+    " differentiated. Use the wrapped transformation with float32 parameters where you need it."
+)

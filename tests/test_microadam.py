@@ -325,3 +325,14 @@ def test_bad_leaves_are_named():
         _tx(window=4).update({"w": jnp.zeros((80, 64))}, state)
     with pytest.raises(ValueError, match="the state of `w`"):
         tx.update({"w": jnp.zeros((80, 64))}, optax.tree.cast(state, jnp.float32))
+
+
+def test_no_derivative():
+    tx = _tx()
+    params = {"w": jnp.ones((80, 64))}
+
+    def loss(params: Any) -> Any:
+        return jnp.sum(tx.update(params, tx.init(params))[0]["w"])
+
+    with pytest.raises(NotImplementedError, match="no useful derivative"):
+        jax.grad(loss)(params)

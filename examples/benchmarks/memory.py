@@ -6,9 +6,15 @@ over the number of layers at 16 tokens, where activations are next to nothing; t
 what fits at 2,048 tokens, by the straight line through two depths.
 
     python examples/benchmarks/memory.py
+    python examples/benchmarks/memory.py --h200  # for a GPU; needs what gpu_memory.py says
+
+Without `--h200` it is for this machine's CPU, where XLA multiplies bfloat16 matrices in float32: it
+widens all stacked weights of an ordinary step, 4 bytes per parameter that a GPU does not need.
 """
 
+import argparse
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +23,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from _common import write
+from gpu_memory import TARGET
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -139,12 +148,23 @@ CASES = {
 
 
 @functools.cache
-def peak(case: Case, layers: int, tokens: int) -> tuple[int, int]:
-    """Bytes at the step's peak, and of them those that stay between steps."""
+def peak(case: Case, layers: int, tokens: int, device: Any) -> tuple[int, int]:
+    """Bytes at the step's peak, and of them those that stay between steps; None for the CPU."""
     state = jax.eval_shape(case.optimizer().init, shapes(layers, jnp.float32))
     batch = jax.ShapeDtypeStruct((1, tokens + 1), jnp.int32)
+    args = shapes(layers, case.weights), state, batch
     step = jax.jit(case.step(), donate_argnums=(0, 1))
-    memory = step.lower(shapes(layers, case.weights), state, batch).compile().memory_analysis()
+    if device is None:
+        memory = step.lower(*args).compile().memory_analysis()
+    else:
+        sharding = SingleDeviceSharding(device)
+        args = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
+        )
+        lowered = step.trace(*args).lower(lowering_platforms=("cuda",))
+        # Without a GPU, products cannot be timed to choose between their kernels.
+        compiler_options: Any = {"xla_gpu_autotune_level": 0}
+        memory = lowered.compile(compiler_options).memory_analysis()
     assert memory is not None, "this backend has no memory analysis"
     kept = memory.argument_size_in_bytes
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -156,12 +176,12 @@ def size(layers: int) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(layers, jnp.float32)))
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, device: Any = None) -> dict[str, Any]:
     """Slopes over depth, and what fits."""
     few, many = DEPTHS
     parameters = size(many) - size(few)
-    (low, low_kept), (high, high_kept) = (peak(case, depth, FEW_TOKENS) for depth in DEPTHS)
-    start, end = (peak(case, depth, TOKENS)[0] for depth in DEPTHS)
+    (low, low_kept), (high, high_kept) = (peak(case, depth, FEW_TOKENS, device) for depth in DEPTHS)
+    start, end = (peak(case, depth, TOKENS, device)[0] for depth in DEPTHS)
     per_layer = (end - start) / (many - few)
     fits = {}
     for device, nbytes in DEVICES.items():
@@ -174,9 +194,23 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
+def _h200() -> Any:
+    """A device to compile for."""
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    jax.config.update("jax_platforms", "cpu")
+    target = TARGET.read_text("utf-8")
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=target, topology="1x1x1"
+    ).devices[0]
+
+
 def main() -> None:
-    """Compiles everything, prints a table, writes `memory.json`."""
-    results = {name: measure(case) for name, case in track(CASES.items(), "Compiling")}
+    """Compiles everything, prints a table, writes `memory.json` or `memory_h200.json`."""
+    parser = argparse.ArgumentParser(description="Memory of a training step, by XLA's analysis.")
+    parser.add_argument("--h200", action="store_true", help="compile for an H200, without one")
+    on_gpu = parser.parse_args().h200
+    device = _h200() if on_gpu else None
+    results = {name: measure(case, device) for name, case in track(CASES.items(), "Compiling")}
     table = Table("", "kept between steps", "peak", *(f"fits {d}" for d in DEVICES))
     table.title = "Bytes per parameter; billions of parameters that fit"
     for name, row in results.items():
@@ -185,8 +219,12 @@ def main() -> None:
         table.add_row(
             name, f"{row['kept between steps']:.3f}", f"{row['bytes per parameter']:.3f}", *cells
         )
-    Console().print(table)
-    write("memory.json", "python examples/benchmarks/memory.py", results)
+    Console(width=160).print(table)
+    command = "python examples/benchmarks/memory.py"
+    if on_gpu:
+        write("memory_h200.json", f"{command} --h200", results)
+    else:
+        write("memory.json", command, results)
 
 
 if __name__ == "__main__":

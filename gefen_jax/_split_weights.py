@@ -119,8 +119,8 @@ def split_weights(
     which are rounded to the neighbour. In float16 the same holds with its own bits.
 
     Relative errors of what `merge_weights` gives back, at most: 2^-16 in 24 bits, 0 in 32. For
-    float16, 2^-19 in 24 bits above 2^-14, and 2^-33 in absolute terms below; in 32 bits 0 above
-    2^-17, and 2^-41 below.
+    float16, 2^-19 in 24 bits above 2^-14, and 2^-33 + 2^-41 in absolute terms below; in 32 bits 0
+    above 2^-17, and 2^-41 below.
 
     Args:
       params: A tree of arrays. Leaves in float32 are split, with subnormals and infinities; a NaN

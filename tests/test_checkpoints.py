@@ -169,6 +169,25 @@ def test_bytes(name, form):
     _assert_same(_train(name, *restored, range(3, 6)), _run(name, 6))
 
 
+def _held(tree: Any) -> int:
+    return sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree))
+
+
+def test_what_is_saved_is_what_is_held(tmp_path):
+    """Nothing is widened: 2 bytes of weights and 2 of correction and state, and small leaves."""
+    params = {"w": _normal(5, 512, 512), "b": jnp.zeros(512)}
+    tx = gx.with_split_weights(gx.gefen(1e-3))
+    run = jax.device_get((gx.split_weights(params)[0], tx.init(params)))
+    assert _held(run) <= 4.1 * 513 * 512
+    # Names, shapes and dtypes: less than 200 bytes for each of some 20 arrays.
+    assert len(flax.serialization.to_bytes(run)) <= _held(run) + 4000
+    with _manager(tmp_path / "run") as manager:
+        _save(manager, 0, *jax.tree.map(jnp.asarray, run))
+    # Orbax's own metadata, and arrays that it compresses.
+    files = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert files <= _held(run) + 40_000
+
+
 def test_the_plan_beside_the_state(tmp_path):
     # A new process knows the model, and finds the rest.
     path = tmp_path / "run"

@@ -121,14 +121,16 @@ def quality() -> str:
 
 def memory() -> str:
     """Bytes per parameter of a whole training step, and what fits."""
-    results = _load("memory.json")["results"]
-    devices = next(iter(results.values()))["billions of parameters that fit"]
+    cpu, gpu = (_load(name)["results"] for name in ("memory.json", "memory_h200.json"))
+    devices = next(iter(gpu.values()))["billions of parameters that fit"]
     rows = []
-    for name, row in results.items():
+    for name, row in gpu.items():
         fits = row["billions of parameters that fit"].values()
-        numbers = f"{row['kept between steps']:.2f}", f"{row['bytes per parameter']:.2f}"
-        rows.append([name, *numbers, *(f"{n:.1f}" if n else "-" for n in fits)])
-    return _markdown(["", "kept", "at the peak", *devices], rows)
+        peaks = (f"{found[name]['bytes per parameter']:.2f}" for found in (gpu, cpu))
+        kept = f"{row['kept between steps']:.2f}"
+        rows.append([name, kept, *peaks, *(f"{n:.1f}" if n else "-" for n in fits)])
+    head = ["", "kept between steps", "peak, H200", "peak, CPU"]
+    return _markdown([*head, *(f"{device} holds" for device in devices)], rows)
 
 
 def gpu_memory() -> str:

@@ -12,6 +12,9 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Made the golden data once; needs the package that they come from.
+collect_ignore = ["golden_flash/make_golden.py"]
+
 
 @pytest.fixture
 def strict_promotion():

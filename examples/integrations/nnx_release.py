@@ -51,7 +51,7 @@ weights, _ = gx.split_weights(params)
 step = gx.gradient_release(optimizer, embed, layer, head, max_norm=1.0)
 step = jax.jit(step, donate_argnums=(0, 1))
 
-rows = jnp.arange(8)[:, None] + jnp.arange(CONTEXT + 1) ** 2
+rows = jnp.arange(8)[:, None] + jnp.square(jnp.arange(CONTEXT + 1))[None]
 batch, losses = rows % VOCAB, []
 for _ in range(100):
     weights, opt_state, loss = step(weights, opt_state, batch)

@@ -15,7 +15,7 @@ from quality_report import cells, read
 from quality_statistics import SETUP, by_setup, compare
 
 _ROOT = Path(__file__).parent.parent.parent
-PAGES = (_ROOT / "README.md", _ROOT / "docs" / "total-memory.md")
+PAGES = (_ROOT / "README.md", *(_ROOT / "docs" / f"{n}.md" for n in ("meshes", "total-memory")))
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -119,6 +119,17 @@ def quality() -> str:
     return _markdown(head, rows)
 
 
+def simulate_mesh() -> str:
+    """Gigabytes per device on abstract meshes."""
+    columns = ("adamw's state", "gefen's state", "in all, adamw", "in all, gefen")
+    rows = []
+    for model, meshes in _load("simulate_mesh.json")["results"]["models"].items():
+        for devices, found in meshes.items():
+            per_device = (found["bytes per device"][column] / 1e9 for column in columns)
+            rows.append([model, f"{int(devices):,}", *(f"{n:.3f}" for n in per_device)])
+    return _markdown(["GB per device", "devices", *columns], rows)
+
+
 def memory() -> str:
     """Bytes per parameter of a whole training step, and what fits."""
     cpu, gpu = (_load(name)["results"] for name in ("memory.json", "memory_h200.json"))
@@ -157,6 +168,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_step": cpu_step,
     "gpu_memory": gpu_memory,
     "memory": memory,
+    "simulate_mesh": simulate_mesh,
 }
 
 

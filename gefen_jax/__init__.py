@@ -26,7 +26,7 @@ from gefen_jax._microadam import scale_by_microadam as scale_by_microadam
 from gefen_jax._muon import gefen_muon as gefen_muon
 from gefen_jax._plan import LeafPlan as LeafPlan
 from gefen_jax._plan import Plan as Plan
-from gefen_jax._plan import plan_by_shape as plan_by_shape
+from gefen_jax._plan_by_shape import plan_by_shape as plan_by_shape
 from gefen_jax._release import gradient_release as gradient_release
 from gefen_jax._replan import replan as replan
 from gefen_jax._report import MemoryReport as MemoryReport
@@ -37,10 +37,10 @@ from gefen_jax._shared_blocks import SharedBlocks as SharedBlocks
 from gefen_jax._split_weights import SplitWeightsState as SplitWeightsState
 from gefen_jax._split_weights import merge_weights as merge_weights
 from gefen_jax._split_weights import split_weights as split_weights
-from gefen_jax._split_weights import with_split_weights as with_split_weights
 from gefen_jax._state_sharding import state_sharding as state_sharding
 from gefen_jax._transform import ScaleByGefenState as ScaleByGefenState
 from gefen_jax._transform import scale_by_gefen as scale_by_gefen
 from gefen_jax._untrained import Untrained as Untrained
+from gefen_jax._with_split_weights import with_split_weights as with_split_weights
 
 __version__ = _version("gefen_jax")

@@ -39,8 +39,8 @@ from gefen_jax._dual_code import DualCode
 from gefen_jax._dual_step import advance_dual, direction_dual
 from gefen_jax._levels import make_levels
 from gefen_jax._split import advance, merge
-from gefen_jax._split_weights import _phases
 from gefen_jax._types import Decay, Moments, Step
+from gefen_jax._with_split_weights import _phases
 from pallas_kernels import (
     DualLayout,
     DualScalars,

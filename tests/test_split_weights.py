@@ -21,7 +21,7 @@ import gefen_jax as gx
 from gefen_jax._chunks import CHUNK
 from gefen_jax._dither import dither, leaf_phases
 from gefen_jax._split import advance, correction_dtype, merge, split
-from gefen_jax._split_weights import _phases
+from gefen_jax._with_split_weights import _phases
 
 _BF16, _FP16 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 

@@ -247,15 +247,15 @@ def fused_dual(
             whole = _each(weight, lambda x: x.both)
             weight = move(whole, direction, piece.joined((first, second)), step)
             return weight, new._replace(mu=codes)
-        # Narrow weights by halves, which are stored: XLA on a CPU copies an array of bfloat16 that
-        # it computes from and writes to in one place.
+        # Narrow weights by halves, which are stored, and behind a barrier: XLA on a CPU copies an
+        # array of bfloat16 that it computes from, this or its correction, and writes to in place.
         moved = []
         for i in range(2):
             direction = _direction(g.halves[i], new.mu[i], new.scale, nu, step)
             half = _each(weight, lambda x: x.halves[i])  # noqa: B023 (used at once)
             moved.append(move(half, direction, position[i], step))
         weight = jax.tree.map(lambda *parts: piece.joined(parts), *moved)
-        return weight, new._replace(mu=codes)
+        return jax.lax.optimization_barrier(weight), new._replace(mu=codes)
 
     return map_pieces(in_piece, g, both, view, chunk, stretches=_stretches(block))
 

@@ -41,6 +41,7 @@ from gefen_jax._state_sharding import state_sharding as state_sharding
 from gefen_jax._transform import ScaleByGefenState as ScaleByGefenState
 from gefen_jax._transform import scale_by_gefen as scale_by_gefen
 from gefen_jax._untrained import Untrained as Untrained
+from gefen_jax._wide_dual_code import WideDualCode as WideDualCode
 from gefen_jax._with_split_weights import with_split_weights as with_split_weights
 
 __version__ = _version("gefen_jax")

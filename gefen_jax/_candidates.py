@@ -5,6 +5,7 @@ if its shape divides ``local``: then no block crosses shards, and statistics wit
 block can be cut as the leaf is.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -21,12 +22,13 @@ from gefen_jax._constants import (
     VECTOR_SHARE,
 )
 from gefen_jax._dual_code import DualCode
-from gefen_jax._dual_step import paired_axis
 from gefen_jax._exact import Exact
+from gefen_jax._pairs import paired_axis
 from gefen_jax._paths import LeafSpec
 from gefen_jax._shared_blocks import SharedBlocks
 from gefen_jax._types import Kind
 from gefen_jax._untrained import Untrained
+from gefen_jax._wide_dual_code import WideDualCode
 
 # What people call the layer with one column per token or class.
 _OUTPUT_NAMES = frozenset(
@@ -192,7 +194,10 @@ def dual_block(
 
 
 def dual_code(
-    spec: LeafSpec, pair_axis: int | None = None, local: Shape | None = None
+    spec: LeafSpec,
+    pair_axis: int | None = None,
+    local: Shape | None = None,
+    kind: type[DualCode] = DualCode,
 ) -> tuple[Kind, str]:
     """The dual code of a leaf, from shape and name; shared blocks where it has no pairs."""
     block = dual_block(spec, pair_axis, local)
@@ -204,7 +209,7 @@ def dual_code(
         why = "as asked"
     elif paired_axis(block) == 0 and _is_output_layer(spec):
         why = "an output layer"
-    return DualCode(block), f"{why}: {describe_block(spec.shape, block, local)}"
+    return kind(block), f"{why}: {describe_block(spec.shape, block, local)}"
 
 
 def shared_blocks(
@@ -219,7 +224,11 @@ def shared_blocks(
     return SharedBlocks(block), f"by shape: {describe_block(spec.shape, block, local)}"
 
 
-KINDS_BY_SHAPE = {DualCode.name: dual_code, SharedBlocks.name: shared_blocks}
+KINDS_BY_SHAPE = {
+    DualCode.name: dual_code,
+    WideDualCode.name: functools.partial(dual_code, kind=WideDualCode),
+    SharedBlocks.name: shared_blocks,
+}
 
 
 def kinds_by_shape(

@@ -6,6 +6,7 @@ worked through in pieces of whole blocks. Every array is updated in place (`dyna
 on the loop's carry), so donated state is never copied.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -121,6 +122,22 @@ class PairedPiece(NamedTuple):
         """This piece of statistics."""
         return jnp.expand_dims(self.piece.read_stats(x), 1)
 
+    def read_shared(self, x: Array) -> Array:
+        """This piece of an array with one entry per pair, ``[blocks * stretches, half, inner]``."""
+        rows, columns = self.piece.rows * self.number, self.piece.columns
+        part = jax.lax.dynamic_slice(
+            x, self._shared_start(x), (rows, x.shape[1], columns)[: x.ndim]
+        )
+        return part.reshape(self.piece.rows, self.number, *part.shape[1:])
+
+    def write_shared(self, x: Array, value: Array) -> Array:
+        """The array with this piece replaced."""
+        if self.piece.is_new is not True:
+            is_new = jnp.expand_dims(self.piece.is_new, 1)
+            value = jnp.where(is_new, value, self.read_shared(x))
+        value = value.reshape(-1, *value.shape[2:])
+        return jax.lax.dynamic_update_slice(x, value, self._shared_start(x))
+
     def write(self, x: Array, value: Array) -> Array:
         """The array with both halves of this piece replaced."""
         if self.piece.is_new is not True:
@@ -151,6 +168,10 @@ class PairedPiece(NamedTuple):
             others = tuple(i for i in range(len(axes)) if i != axis)
             total += jnp.expand_dims(index * np.uint32(stride & 0xFFFFFFFF), others)
         return total, total + np.uint32(half * view.inner & 0xFFFFFFFF)
+
+    def _shared_start(self, x: Array) -> tuple[Any, ...]:
+        row = self.piece.row * np.uint32(self.number)
+        return (row, jnp.uint32(0), self.piece.column)[: x.ndim]
 
     def _start(self, x: Array, half: int) -> tuple[Any, ...]:
         row = self.piece.row * np.uint32(self.number)
@@ -231,16 +252,19 @@ def map_pieces(
     """The carry, with ``function(piece, constant, carry)`` in place of every piece of its arrays.
 
     Arrays of the carry, a tree, lie like the leaf, as the constant does, or have a number per
-    block. The function is given what a `Piece` reads of each, or with ``stretches`` a
-    `PairedPiece`, and returns what that writes.
+    block, or with ``stretches`` one per pair of elements. The function is given what a `Piece`
+    reads of each, or with ``stretches`` a `PairedPiece`, and returns what that writes.
     """
-    shape = view.shape
+    shape = of_pairs = view.shape
     if stretches is not None:
         half = view.period // stretches // 2
-        shape = (view.blocks * stretches, 2, half, *view.shape[2:])
+        of_pairs = (view.blocks * stretches, half, *view.shape[2:])
+        shape = (of_pairs[0], 2, *of_pairs[1:])
+    # Of equal sizes the last one counts.
+    shapes = {math.prod(s): s for s in (of_pairs, view.stats_shape, shape)}
 
     def flat(x: Array) -> Array:
-        return x.reshape(shape if x.size == constant.size else view.stats_shape)
+        return x.reshape(shapes[x.size])
 
     fixed, arrays = flat(constant), jax.tree.map(flat, carry)
 
@@ -251,10 +275,16 @@ def map_pieces(
         )
 
         def read(x: Array) -> Any:
-            return at.read(x) if x.ndim == len(shape) else at.read_stats(x)
+            if x.ndim == len(shape):
+                return at.read(x)
+            shared = isinstance(at, PairedPiece) and x.ndim == len(of_pairs)
+            return at.read_shared(x) if shared else at.read_stats(x)
 
         def write(x: Array, value: Any) -> Array:
-            return at.write(x, value) if x.ndim == len(shape) else at.write_stats(x, value)
+            if x.ndim == len(shape):
+                return at.write(x, value)
+            shared = isinstance(at, PairedPiece) and x.ndim == len(of_pairs)
+            return at.write_shared(x, value) if shared else at.write_stats(x, value)
 
         new = function(at, fixed_at.read(part), jax.tree.map(read, arrays))
         return jax.tree.map(write, arrays, new)

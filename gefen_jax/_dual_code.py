@@ -4,19 +4,13 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from gefen_jax._backend import in_best_form
-from gefen_jax._blocks import Shape, check_block, runs_divide, stats_shape
-from gefen_jax._dual_step import (
-    advance_dual,
-    direction_dual,
-    fused_dual,
-    paired_axis,
-    read_dual,
-    write_dual,
-)
+from gefen_jax._blocks import Shape, check_block, runs_divide
+from gefen_jax._dual_step import advance_dual, direction_dual, fused_dual, read_dual, write_dual
+from gefen_jax._packing import SHARED, Packing
+from gefen_jax._pairs import paired_axis
 from gefen_jax._types import Codebooks, Moments, Move, Step
 
 
@@ -52,6 +46,8 @@ class DualCode:
     block: Shape
     name: ClassVar[str] = "dual_code"
 
+    _packing: ClassVar[Packing] = SHARED
+
     def __post_init__(self):
         object.__setattr__(self, "block", tuple(int(b) for b in self.block))
 
@@ -60,37 +56,42 @@ class DualCode:
         check_block(shape, self.block)
         if not runs_divide(shape, self.block):
             raise ValueError(f"`block` {self.block} of a dual code must divide the leaf, {shape}")
-        if paired_axis(self.block) is None:
+        axis = paired_axis(self.block)
+        if axis is None:
             raise ValueError(
                 f"`block` {self.block} of a dual code must have an even number of elements along"
                 " one axis at least, for pairs"
             )
+        if self.block[axis] < self._packing.smallest_run:
+            raise ValueError(
+                f"`block` {self.block} must have {self._packing.smallest_run} elements at least"
+                f" along axis {axis}, whose halves are paired"
+            )
 
     def init(self, shape: Shape) -> Moments:
-        """Zero moments: a scale of 0, and the exponent of 0."""
-        stats = stats_shape(shape, self.block)
-        codes = jnp.zeros(shape, jnp.uint8)
-        return Moments(codes, jnp.zeros(stats, jnp.float32), jnp.zeros(stats, jnp.uint8))
+        """Zero moments: scales of 0, and the exponent of 0."""
+        return self._packing.init(shape, self.block)
 
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """One step; see `gefen_jax._dual_step` for the equations."""
-        new = in_best_form(advance_dual, g, moments, self.block, step)
-        return direction_dual(g, new, self.block, step), new
+        advance = functools.partial(advance_dual, packing=self._packing)
+        new = in_best_form(advance, g, moments, self.block, step)
+        return direction_dual(g, new, self.block, step, self._packing), new
 
     def fused(
         self, weight: Any, g: Array, moments: Moments, step: Step, move: Move, offset: Array
     ) -> tuple[Any, Moments]:
         """One step that takes the weight along."""
-        fused = functools.partial(fused_dual, move=move, offset=offset)
+        fused = functools.partial(fused_dual, packing=self._packing, move=move, offset=offset)
         return in_best_form(fused, g, (weight, moments), self.block, step)
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
-        """What the byte of every element stands for."""
-        return read_dual(moments, self.block, codebooks.levels)
+        """What the codes of every element stand for."""
+        return read_dual(moments, self.block, codebooks.levels, self._packing)
 
     def write(self, mu: Array, nu: Array, codebooks: Codebooks) -> Moments:
-        """The nearest level of a pair's mean nu, then the nearest entry for mu by its root."""
-        return write_dual(mu, nu, self.block, codebooks.levels)
+        """The nearest level of nu, or of a pair's mean nu, then of mu by its root."""
+        return write_dual(mu, nu, self.block, codebooks.levels, self._packing)
 
     @property
     def scale_block(self) -> Shape:

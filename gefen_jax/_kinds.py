@@ -6,7 +6,9 @@ from gefen_jax._flat_periods import FlatPeriods
 from gefen_jax._shared_blocks import SharedBlocks
 from gefen_jax._types import Kind
 from gefen_jax._untrained import Untrained
+from gefen_jax._wide_dual_code import WideDualCode
 
 KINDS: dict[str, type[Kind]] = {
-    kind.name: kind for kind in (Exact, DualCode, SharedBlocks, FlatPeriods, Untrained)
+    kind.name: kind
+    for kind in (Exact, DualCode, WideDualCode, SharedBlocks, FlatPeriods, Untrained)
 }

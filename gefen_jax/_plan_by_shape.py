@@ -32,7 +32,7 @@ def _axes_by_path(specs: list[LeafSpec], pair_axis: Mapping[str, int]) -> dict[s
 def plan_by_shape(
     params: Any,
     *,
-    kind: Literal["dual_code", "shared_blocks"] = "dual_code",
+    kind: Literal["dual_code", "wide_dual_code", "shared_blocks"] = "dual_code",
     pair_axis: Mapping[str, int] | None = None,
     specs: Any = None,
     mesh: Mesh | AbstractMesh | None = None,
@@ -47,8 +47,9 @@ def plan_by_shape(
       params: The parameters, or their `jax.ShapeDtypeStruct`s; where they have a
         `jax.sharding.NamedSharding`, it says where they lie.
       kind: What the leaves that are not small get: "dual_code" (both moments in one byte per
-        element; shared blocks where no axis has even runs) or "shared_blocks" (one second moment
-        per block, with the built-in codebook; `calibrate` chooses better blocks).
+        element; shared blocks where no axis has even runs), "wide_dual_code" (1.5 bytes, no second
+        moment is shared; the same) or "shared_blocks" (one second moment per block, with the
+        built-in codebook; `calibrate` chooses better blocks).
       pair_axis: Along which axis the two elements lie that share a second moment in a dual code:
         patterns of paths as in `fnmatch`, and their axes. Without, it is the last, the outputs of
         a layer in Flax, but the first of an output layer (by name, or with far more columns than

@@ -9,6 +9,7 @@ as uniform, at most the sum of twice those distances of all codes are expected t
 in 30,000. Comparisons of two programs start from one state, so that such a code has no sequel.
 """
 
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -27,8 +28,10 @@ from gefen_jax._builtin import builtin_codebook
 from gefen_jax._candidates import dual_block
 from gefen_jax._constants import DUAL_BLOCK, DUAL_MAX, DUAL_MIN, OUTPUT_LAYER
 from gefen_jax._dither import dither, leaf_phases, positions
-from gefen_jax._dual_step import _nu_level, _round_nu, read_dual, write_dual
+from gefen_jax._dual_step import read_dual, write_dual
 from gefen_jax._levels import level, make_levels, on_grid, round_to_level
+from gefen_jax._nu_levels import nu_level, round_nu
+from gefen_jax._packing import SHARED
 from gefen_jax._paths import LeafSpec
 from gefen_jax._transform import _update_leaf
 from gefen_jax._types import Moments
@@ -66,15 +69,16 @@ def _levels_of(exponent: int) -> np.ndarray:
 def _stored(nu, fraction):
     """Exponent, code and level of every nu of one group, for every fraction."""
     nu = jnp.broadcast_to(nu, (fraction.size, nu.size))
-    exponent, code = _round_nu(nu, jnp.broadcast_to(fraction[:, None], nu.shape), (1,))
-    return exponent[0, 0], code, _nu_level(exponent, code)
+    fractions = jnp.broadcast_to(fraction[:, None], nu.shape)
+    exponent, (code,) = round_nu((nu,), (fractions,), (1,))
+    return exponent[0, 0], code, nu_level(exponent, code)
 
 
 @pytest.mark.parametrize("exponent", [0, 1, 2, 15, 16, 17, 18, 100, 254, 255])
 def test_256_levels_of_nu(exponent):
     """As documented for every exponent, increasing where none falls below the floats."""
     codes = jnp.arange(256, dtype=jnp.uint8)
-    found = np.asarray(_nu_level(jnp.uint8(exponent), codes), np.float64)
+    found = np.asarray(nu_level(jnp.uint8(exponent), codes), np.float64)
     np.testing.assert_array_equal(found, _levels_of(exponent))
     positive = found[found > 0]
     assert np.all(np.diff(positive) > 0)
@@ -446,8 +450,8 @@ def nu_codes_of(bytes_: np.ndarray) -> np.ndarray:
     return (first >> 4) * 16 + (second >> 4)
 
 
-_write = jax.jit(write_dual, static_argnames="block")
-_read = jax.jit(read_dual, static_argnames="block")
+_write = jax.jit(functools.partial(write_dual, packing=SHARED), static_argnames="block")
+_read = jax.jit(functools.partial(read_dual, packing=SHARED), static_argnames="block")
 
 
 @pytest.mark.parametrize("name", LEAVES)

@@ -37,6 +37,7 @@ import gefen_jax as gx
 from gefen_jax._dither import leaf_phases
 from gefen_jax._dual_step import advance_dual
 from gefen_jax._levels import make_levels
+from gefen_jax._packing import SHARED
 from gefen_jax._transform import decay_at
 from gefen_jax._types import Moments, Step
 
@@ -69,7 +70,7 @@ def _advance(g, state, count, block, chunk):
         exact_lookup=True,
         backend=None,
     )
-    return advance_dual(g, state, block, step, chunk=chunk)
+    return advance_dual(g, state, block, step, packing=SHARED, chunk=chunk)
 
 
 # Shape, block, elements of a piece. Rows of blocks with a last piece that reaches back (5 of 22, 2

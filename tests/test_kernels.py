@@ -38,6 +38,7 @@ from gefen_jax._dither import dither, leaf_phases, positions
 from gefen_jax._dual_code import DualCode
 from gefen_jax._dual_step import advance_dual, direction_dual
 from gefen_jax._levels import make_levels
+from gefen_jax._packing import SHARED
 from gefen_jax._split import advance, merge
 from gefen_jax._types import Decay, Moments, Step
 from gefen_jax._with_split_weights import _phases
@@ -190,11 +191,11 @@ def _plain(case: Case) -> Any:
         arguments = Step(
             data.decay, None, make_levels(codebook), data.phase, case.nesterov, True, None
         )
-        new = advance_dual(data.g, data.state, case.block, arguments)
+        new = advance_dual(data.g, data.state, case.block, arguments, packing=SHARED)
         if data.param is None:
-            update = direction_dual(data.g, new, case.block, arguments)
+            update = direction_dual(data.g, new, case.block, arguments, SHARED)
             return Result(update.astype(data.g.dtype), new)
-        update = direction_dual(data.g.astype(jnp.float32), new, case.block, arguments)
+        update = direction_dual(data.g.astype(jnp.float32), new, case.block, arguments, SHARED)
         theta = merge(data.param, data.correction) if case.bits else data.param.astype(jnp.float32)
         change = -data.learning_rate * (update + data.weight_decay * theta)
         if not case.bits:

@@ -138,9 +138,16 @@ def _shorter_axis(
     return gx.gefen(learning_rate, b2=b2, weight_decay=weight_decay, mask=mask, plan=plan)
 
 
+def _wide(*args: Any, params: Any, **kwargs: Any) -> optax.GradientTransformation:
+    """A byte and a half per parameter: no second moment is shared."""
+    plan = gx.plan_by_shape(params, kind="wide_dual_code")
+    return _optimizer(functools.partial(gx.gefen, plan=plan), *args, **kwargs)
+
+
 VARIANTS: dict[str, Variant] = {
     "adamw": _adamw,
     "gefen": _gefen,
+    "gefen, wide codes": _wide,
     "gefen, pairs along the shorter axis": _shorter_axis,
     "gefen, shared blocks": functools.partial(_planned, "axis"),
     "gefen, reference rule": functools.partial(_planned, "reference"),

@@ -197,7 +197,7 @@ def dual_code(
     spec: LeafSpec,
     pair_axis: int | None = None,
     local: Shape | None = None,
-    kind: type[DualCode] = DualCode,
+    make: type[DualCode] = DualCode,
 ) -> tuple[Kind, str]:
     """The dual code of a leaf, from shape and name; shared blocks where it has no pairs."""
     block = dual_block(spec, pair_axis, local)
@@ -209,7 +209,7 @@ def dual_code(
         why = "as asked"
     elif paired_axis(block) == 0 and _is_output_layer(spec):
         why = "an output layer"
-    return kind(block), f"{why}: {describe_block(spec.shape, block, local)}"
+    return make(block), f"{why}: {describe_block(spec.shape, block, local)}"
 
 
 def shared_blocks(
@@ -226,7 +226,7 @@ def shared_blocks(
 
 KINDS_BY_SHAPE = {
     DualCode.name: dual_code,
-    WideDualCode.name: functools.partial(dual_code, kind=WideDualCode),
+    WideDualCode.name: functools.partial(dual_code, make=WideDualCode),
     SharedBlocks.name: shared_blocks,
 }
 

@@ -124,11 +124,16 @@ class PairedPiece(NamedTuple):
 
     def read_shared(self, x: Array) -> Array:
         """This piece of an array with one entry per pair, ``[blocks * stretches, half, inner]``."""
-        rows, columns = self.piece.rows * self.number, self.piece.columns
-        part = jax.lax.dynamic_slice(
-            x, self._shared_start(x), (rows, x.shape[1], columns)[: x.ndim]
-        )
-        return part.reshape(self.piece.rows, self.number, *part.shape[1:])
+        rows, columns, middle = self.piece.rows * self.number, self.piece.columns, x.shape[1] // 2
+
+        def part(low: int, high: int) -> Array:
+            size = (rows, high - low, columns)[: x.ndim]
+            return jax.lax.dynamic_slice(x, self._shared_start(x, low), size)
+
+        # Put together of two parts, which XLA on a CPU stores. It may compute what depends on an
+        # array that the loop writes to a second time, after that: then it copies the array, whole.
+        both = jnp.concatenate([part(0, middle), part(middle, x.shape[1])], axis=1)
+        return both.reshape(self.piece.rows, self.number, *both.shape[1:])
 
     def write_shared(self, x: Array, value: Array) -> Array:
         """The array with this piece replaced."""
@@ -136,7 +141,7 @@ class PairedPiece(NamedTuple):
             is_new = jnp.expand_dims(self.piece.is_new, 1)
             value = jnp.where(is_new, value, self.read_shared(x))
         value = value.reshape(-1, *value.shape[2:])
-        return jax.lax.dynamic_update_slice(x, value, self._shared_start(x))
+        return jax.lax.dynamic_update_slice(x, value, self._shared_start(x, 0))
 
     def write(self, x: Array, value: Array) -> Array:
         """The array with both halves of this piece replaced."""
@@ -169,9 +174,9 @@ class PairedPiece(NamedTuple):
             total += jnp.expand_dims(index * np.uint32(stride & 0xFFFFFFFF), others)
         return total, total + np.uint32(half * view.inner & 0xFFFFFFFF)
 
-    def _shared_start(self, x: Array) -> tuple[Any, ...]:
+    def _shared_start(self, x: Array, entry: int) -> tuple[Any, ...]:
         row = self.piece.row * np.uint32(self.number)
-        return (row, jnp.uint32(0), self.piece.column)[: x.ndim]
+        return (row, jnp.uint32(entry), self.piece.column)[: x.ndim]
 
     def _start(self, x: Array, half: int) -> tuple[Any, ...]:
         row = self.piece.row * np.uint32(self.number)
@@ -277,14 +282,16 @@ def map_pieces(
         def read(x: Array) -> Any:
             if x.ndim == len(shape):
                 return at.read(x)
-            shared = isinstance(at, PairedPiece) and x.ndim == len(of_pairs)
-            return at.read_shared(x) if shared else at.read_stats(x)
+            if isinstance(at, PairedPiece) and x.ndim == len(of_pairs):
+                return at.read_shared(x)
+            return at.read_stats(x)
 
         def write(x: Array, value: Any) -> Array:
             if x.ndim == len(shape):
                 return at.write(x, value)
-            shared = isinstance(at, PairedPiece) and x.ndim == len(of_pairs)
-            return at.write_shared(x, value) if shared else at.write_stats(x, value)
+            if isinstance(at, PairedPiece) and x.ndim == len(of_pairs):
+                return at.write_shared(x, value)
+            return at.write_stats(x, value)
 
         new = function(at, fixed_at.read(part), jax.tree.map(read, arrays))
         return jax.tree.map(write, arrays, new)

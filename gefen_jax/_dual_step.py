@@ -181,29 +181,28 @@ def fused_dual(
         position = first + offset, second + offset
         state = state._replace(mu=state.mu.halves)
         new = _next(g.halves, state, position, _PIECE.inside, step, packing)
-        # What a pair shares is computed once for both.
         read = packing.unpack(new)
         nu = tuple(nu_level(read.exponent, code) for code in read.nu)
-        codes = piece.joined(new.mu)
-        if all(x.both.dtype == jnp.float32 for x in _read(weight)):
+        stored = new._replace(mu=piece.joined(new.mu))
+        if len(nu) == 1 and all(x.both.dtype == jnp.float32 for x in _read(weight)):
+            # What a pair shares is computed once for both.
             shape = nu[0].shape
             scale = jnp.broadcast_to(read.scale, (*shape[:2], *read.scale.shape[2:]))
-            of_both = piece.joined(nu) if len(nu) == 2 else piece.per_stretch(*nu)
-            shared = piece.per_stretch(scale), of_both
+            shared = piece.per_stretch(scale), piece.per_stretch(*nu)
             first, second = (jnp.broadcast_to(x, shape) for x in position)
-            direction = _direction(g.both, codes, *shared, step)
+            direction = _direction(g.both, stored.mu, *shared, step)
             whole = _each(weight, lambda x: x.both)
             weight = move(whole, direction, piece.joined((first, second)), step)
-            return weight, new._replace(mu=codes)
-        # Narrow weights by halves, which are stored, and behind a barrier: XLA on a CPU copies an
-        # array of bfloat16 that it computes from, this or its correction, and writes to in place.
+            return weight, stored
+        # By halves, which are stored, and behind a barrier: XLA on a CPU copies an array of 16 bits
+        # that it computes from, this or its correction, and writes to in place.
         moved = []
         for i in range(2):
             direction = _direction(g.halves[i], new.mu[i], read.scale, _of_both(nu)[i], step)
             half = _each(weight, lambda x: x.halves[i])  # noqa: B023 (used at once)
             moved.append(move(half, direction, position[i], step))
         weight = jax.tree.map(lambda *parts: piece.joined(parts), *moved)
-        return jax.lax.optimization_barrier(weight), new._replace(mu=codes)
+        return jax.lax.optimization_barrier(weight), stored
 
     return map_pieces(in_piece, g, both, view, chunk, stretches=stretches(block))
 

@@ -8,7 +8,12 @@ from gefen_jax._types import Kind
 from gefen_jax._untrained import Untrained
 from gefen_jax._wide_dual_code import WideDualCode
 
-KINDS: dict[str, type[Kind]] = {
-    kind.name: kind
-    for kind in (Exact, DualCode, WideDualCode, SharedBlocks, FlatPeriods, Untrained)
-}
+_ALL: tuple[type[Kind], ...] = (
+    Exact,
+    DualCode,
+    WideDualCode,
+    SharedBlocks,
+    FlatPeriods,
+    Untrained,
+)
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in _ALL}

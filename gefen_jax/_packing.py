@@ -21,6 +21,7 @@ from gefen_jax._pairs import as_pairs, half_of, halves
 from gefen_jax._types import Moments
 
 _EXPONENT = 0xFF  # the bits of a scale's word that are the block's exponent
+_SLACK = 16  # units in the last place of a float32 that rounding a scale up takes for none
 
 
 class Codes(NamedTuple):
@@ -43,7 +44,7 @@ class Packing(Protocol):
         ...
 
     def rounded(self, scale: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The scale that will be read, not below this one."""
+        """The scale that will be read, not below this one but for rounding."""
         ...
 
     def average(self, x: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -116,7 +117,8 @@ class _Own:
         return Moments(jnp.zeros(shape, jnp.uint8), words, low)
 
     def rounded(self, scale: Array) -> Array:
-        word = jax.lax.bitcast_convert_type(scale, jnp.uint32) + np.uint32(_EXPONENT)
+        # So that a state that was read, and written again, is the same.
+        word = jax.lax.bitcast_convert_type(scale, jnp.uint32) + np.uint32(_EXPONENT - _SLACK)
         return _scale(word)
 
     def average(self, x: tuple[Array, Array]) -> tuple[Array, ...]:

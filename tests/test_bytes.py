@@ -87,7 +87,7 @@ def test_by_shape(model, kind, record_property):
     assert plan.bytes_per_param <= {"shared_blocks": shared, "dual_code": dual}[kind]
 
 
-@pytest.mark.parametrize("kind", ["shared_blocks", "dual_code"])
+@pytest.mark.parametrize("kind", ["shared_blocks", "dual_code", "wide_dual_code"])
 @pytest.mark.parametrize("model", MODELS)
 def test_state_weighs_what_the_plan_says(model, kind):
     build, size, *_ = MODELS[model]

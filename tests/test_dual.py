@@ -12,6 +12,7 @@ in 30,000. Comparisons of two programs start from one state, so that such a code
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from gefen_jax._dither import dither, leaf_phases, positions
 from gefen_jax._dual_step import read_dual, write_dual
 from gefen_jax._levels import level, make_levels, on_grid, round_to_level
 from gefen_jax._nu_levels import nu_level, round_nu
-from gefen_jax._packing import SHARED
+from gefen_jax._packing import OWN, SHARED
 from gefen_jax._paths import LeafSpec
 from gefen_jax._transform import _update_leaf
 from gefen_jax._types import Moments
@@ -306,6 +307,14 @@ def test_blocks_without_pairs_are_refused(name):
         gx.LeafPlan("a/b", shape, gx.DualCode(block), "test")
 
 
+def test_a_wide_run_has_four_elements():
+    """Of two, there would be as many pairs as blocks."""
+    gx.DualCode((1, 2)).check((4, 4))
+    with pytest.raises(ValueError, match=r"\(1, 2\) must have 4 elements at least along axis 1"):
+        gx.WideDualCode((1, 2)).check((4, 4))
+    gx.WideDualCode((1, 4)).check((4, 4))
+
+
 def _boxes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
     """By trying all: runs of one axis, and boxes up to the last axis, of a dual code's sizes."""
     boxes = set()
@@ -389,8 +398,8 @@ _SETTINGS = {
 _STEPS = 20
 
 
-def plan_of(leaves: dict[str, Any]) -> gx.Plan:
-    entries = (gx.LeafPlan(k, s, gx.DualCode(b), "test") for k, (s, b) in leaves.items())
+def plan_of(leaves: dict[str, Any], kind: type[gx.DualCode] = gx.DualCode) -> gx.Plan:
+    entries = (gx.LeafPlan(k, s, kind(b), "test") for k, (s, b) in leaves.items())
     return gx.Plan(tuple(entries), builtin_codebook(), "test", "shape")
 
 
@@ -450,8 +459,61 @@ def nu_codes_of(bytes_: np.ndarray) -> np.ndarray:
     return (first >> 4) * 16 + (second >> 4)
 
 
-_write = jax.jit(functools.partial(write_dual, packing=SHARED), static_argnames="block")
-_read = jax.jit(functools.partial(read_dual, packing=SHARED), static_argnames="block")
+class Read(NamedTuple):
+    """A block of a state: of every element the codes of mu and nu, the scale, the exponent."""
+
+    k: np.ndarray
+    h: np.ndarray
+    scale: Any
+    exponent: int
+
+
+class Layout(NamedTuple):
+    """How the bytes of a kind are read, from the docstring of the kind."""
+
+    kind: Any
+    read: Callable[..., Read]  # of moments, a number of a block and its slices
+    average: Callable[[np.ndarray], np.ndarray]  # of a block: what nu averages of squares
+    fraction: Callable[[np.ndarray], np.ndarray]  # of a block: that which decides about nu
+    # Relative: a scale of 24 bits is rounded up, in steps of 2^-15 at most, but where it is less
+    # than 16 units in the last place, 2^-19, above a step.
+    scale_error: tuple[float, float]
+
+
+def _read_shared(state: Moments, i: Any, at: Any) -> Read:
+    bytes_ = state.mu[at]
+    codes = for_both(nu_codes_of(bytes_), bytes_.shape)
+    return Read(bytes_ & 15, codes, state.scale[i], int(state.nu[i]))
+
+
+def _read_wide(state: Moments, i: Any, at: Any) -> Read:
+    bytes_ = state.mu[at]
+    axis = max(a for a, n in enumerate(bytes_.shape) if n % 2 == 0)
+    half = tuple(slice(s.start // 2, s.stop // 2) if a == axis else s for a, s in enumerate(at))
+    low = joined(state.nu[half] & 15, state.nu[half] >> 4, bytes_.shape)
+    word = np.uint32(state.scale[i])
+    scale = (word & np.uint32(0xFFFFFF00)).view(np.float32)
+    return Read(bytes_ & 15, (bytes_ & 0xF0) | low, scale, int(word & np.uint32(255)))
+
+
+LAYOUTS = {
+    "shared": Layout(
+        gx.DualCode,
+        _read_shared,
+        lambda x: for_both(mean_of_pairs(x), x.shape),
+        lambda u: for_both(halves_of(u)[0], u.shape),
+        (0.0, 0.0),
+    ),
+    "wide": Layout(gx.WideDualCode, _read_wide, lambda x: x, lambda u: u, (2.0**-19, 2.0**-15)),
+}
+
+_write, _read = (
+    {
+        name: jax.jit(functools.partial(f, packing=packing), static_argnames="block")
+        for name, packing in (("shared", SHARED), ("wide", OWN))
+    }
+    for f in (write_dual, read_dual)
+)
 
 
 @pytest.mark.parametrize("name", LEAVES)
@@ -472,13 +534,41 @@ def test_two_bytes_hold_two_codes_and_a_shared_one(name):
         nu[at] = joined(0.75 * levels[h], 1.25 * levels[h], block)
         mu[at] = BUILTIN.astype(np.float64)[k] * 3 * np.sqrt(for_both(levels[h], block))
     tables = make_levels(jnp.asarray(BUILTIN))
-    state = _write(jnp.asarray(mu, jnp.float32), jnp.asarray(nu, jnp.float32), block, tables)
+    state = _write["shared"](
+        jnp.asarray(mu, jnp.float32), jnp.asarray(nu, jnp.float32), block, tables
+    )
     np.testing.assert_array_equal(state.mu, expected)
     np.testing.assert_array_equal(state.nu, np.full(state.nu.shape, 127))
-    read_mu, read_nu = _read(state, block, tables)
+    read_mu, read_nu = _read["shared"](state, block, tables)
     np.testing.assert_allclose(read_mu, mu, rtol=8 * U, atol=0)
     for _, at in blocks_of(shape, block):
         np.testing.assert_array_equal(read_nu[at], for_both(mean_of_pairs(nu[at]), block))
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_three_bytes_hold_four_codes(name):
+    """Any codes, as moments that stand for them."""
+    shape, block = LEAVES[name]
+    layout, rng, levels = LAYOUTS["wide"], np.random.default_rng(0), _levels_of(127)
+    k, h = rng.integers(0, 16, shape), rng.integers(0, 256, shape)
+    for _, at in blocks_of(shape, block):
+        k[at].flat[0], h[at].flat[0] = 15, 255  # as a step leaves them: the largest
+    nu = levels[h]
+    mu = BUILTIN.astype(np.float64)[k] * 3 * np.sqrt(nu)
+    tables = make_levels(jnp.asarray(BUILTIN))
+    state = _write["wide"](
+        jnp.asarray(mu, jnp.float32), jnp.asarray(nu, jnp.float32), block, tables
+    )
+    moments = Moments(*map(np.asarray, state))
+    for i, at in blocks_of(shape, block):
+        read = layout.read(moments, i, at)
+        np.testing.assert_array_equal(read.k, k[at])
+        np.testing.assert_array_equal(read.h, h[at])
+        assert read.exponent == 127
+        assert read.scale == 3  # it has few bits, and 4 roundings are less than 16 units
+    read_mu, read_nu = _read["wide"](state, block, tables)
+    np.testing.assert_allclose(read_mu, mu, rtol=8 * U, atol=0)
+    np.testing.assert_array_equal(read_nu, nu)
 
 
 class _Near(NamedTuple):
@@ -496,7 +586,7 @@ def _check_codes(codes: np.ndarray, place: Any, u: Any, error: Any, last: int) -
     return _Near(int((codes != exact)[certain].sum()), float(2 * error[certain].sum()))
 
 
-def _check_step(g, old: Moments, new: Moments, block, u, s: _Setting) -> list[_Near]:
+def _check_step(g, old: Moments, new: Moments, block, u, s: _Setting, layout: Layout) -> Any:
     """One step of one leaf, block by block, in float64, from the docstring of the module.
 
     Rounding: nu is the sum of two products with rounded factors, one of them of a sum of rounded
@@ -509,40 +599,42 @@ def _check_step(g, old: Moments, new: Moments, block, u, s: _Setting) -> list[_N
     slopes = 1 / np.diff(c)
     for i, at in blocks_of(g.shape, block):
         x = g[at].astype(np.float64)
-        nu = _levels_of(int(old.nu[i]))[nu_codes_of(old.mu[at])]
-        m = c[old.mu[at] & 15] * old.scale[i] * np.sqrt(for_both(nu, block))
+        before, after = (layout.read(state, i, at) for state in (old, new))
+        nu = _levels_of(before.exponent)[before.h]
+        m = c[before.k] * before.scale * np.sqrt(nu)
         parts = np.maximum(np.abs(m), np.abs(x))
         m = m + (1 - s.b1) * (x - m)
-        nu = s.b2 * nu + (1 - s.b2) * mean_of_pairs(x**2)
+        nu = s.b2 * nu + (1 - s.b2) * layout.average(x**2)
 
         mantissa, power = np.frexp(nu.max())
-        assert new.nu[i] == (127 + power - (mantissa == 0.5) if nu.max() else 0)
-        codes, levels = nu_codes_of(new.mu[at]), _levels_of(int(new.nu[i]))
+        assert after.exponent == (127 + power - (mantissa == 0.5) if nu.max() else 0)
+        levels = _levels_of(after.exponent)
         if nu.max():
             clipped = np.maximum(nu, levels[0])
             place = np.interp(clipped, levels, np.arange(256))
             gap = np.diff(levels, append=np.inf)[np.floor(place).astype(int)]
             error = np.where(nu > levels[0], 5 * U * clipped / gap + 2.0**-19, 0)
-            near.append(_check_codes(codes, place, halves_of(u[0][at])[0], error, 255))
+            near.append(_check_codes(after.h, place, layout.fraction(u[0][at]), error, 255))
 
-        root = for_both(np.sqrt(levels[codes]), block)
+        root = np.sqrt(levels[after.h])
         divisor = np.where(root == 0, np.inf, root)
         scale = np.abs(m / divisor).max()
         error = (10 * U * parts / divisor).max() + 4 * U * scale
-        assert np.abs(new.scale[i] - scale) <= error
+        down, up = (error + e * (scale + error) for e in layout.scale_error)
+        assert -down <= after.scale - scale <= up
 
-        if not new.scale[i]:
+        if not after.scale:
             continue  # any code is 0
-        divisor *= new.scale[i]
+        divisor *= after.scale
         place = np.interp(m / divisor, c, np.arange(16))
         slope = slopes[np.minimum(np.floor(place).astype(int), 14)]
         error = slope * 14 * U * parts / divisor + _place_error(BUILTIN)
         error = np.where(parts == 0, 0, error)
-        near.append(_check_codes(new.mu[at] & 15, place, u[1][at], error, 15))
+        near.append(_check_codes(after.k, place, u[1][at], error, 15))
     return near
 
 
-def _check_update(update, g, new: Moments, block, t: int, s: _Setting) -> None:
+def _check_update(update, g, new: Moments, block, t: int, s: _Setting, layout: Layout) -> None:
     """The direction from the new state.
 
     24 roundings of the products, quotients and the root; a correction 1 - b^t has the error of the
@@ -550,8 +642,9 @@ def _check_update(update, g, new: Moments, block, t: int, s: _Setting) -> None:
     """
     bound = U * (24 + 4 / (1 - s.b1) + 2 / (1 - s.b2))
     for i, at in blocks_of(g.shape, block):
-        nu = for_both(_levels_of(int(new.nu[i]))[nu_codes_of(new.mu[at])], block)
-        m = BUILTIN.astype(np.float64)[new.mu[at] & 15] * new.scale[i] * np.sqrt(nu)
+        read = layout.read(new, i, at)
+        nu = _levels_of(read.exponent)[read.h]
+        m = BUILTIN.astype(np.float64)[read.k] * read.scale * np.sqrt(nu)
         terms = [m / (1 - s.b1**t)]
         if s.nesterov:
             terms = [s.b1 * m / (1 - s.b1 ** (t + 1)), (1 - s.b1) * g[at] / (1 - s.b1**t)]
@@ -561,13 +654,14 @@ def _check_update(update, g, new: Moments, block, t: int, s: _Setting) -> None:
 
 
 @pytest.mark.parametrize("name", _SETTINGS)
-def test_step_is_what_the_docstring_says(name, monkeypatch):
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_step_is_what_the_docstring_says(name, kind, monkeypatch):
     """20 steps, each restated from our own last state: all but a counted handful of codes."""
-    setting = _SETTINGS[name]
+    setting, layout = _SETTINGS[name], LAYOUTS[kind]
     monkeypatch.setattr(_backend, "CHUNK", setting.chunk)
     # It knows the leaves from the last setting, with its pieces.
     _update_leaf.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
-    optimizer = setting.make(plan_of(LEAVES))
+    optimizer = setting.make(plan_of(LEAVES, layout.kind))
     step, state = jax.jit(optimizer.update), optimizer.init(zeros_of(LEAVES))
     near = []
     for t in range(1, _STEPS + 1):
@@ -577,9 +671,9 @@ def test_step_is_what_the_docstring_says(name, monkeypatch):
             old_moments, new_moments = (moments_of(s, leaf) for s in (state, new))
             u = _uniform(leaf, t, np.arange(math.prod(shape)).reshape(shape))
             g = grads[leaf]
-            near += _check_step(g, old_moments, new_moments, block, u, setting)
-            _check_update(np.asarray(updates[leaf]), g, new_moments, block, t, setting)
+            near += _check_step(g, old_moments, new_moments, block, u, setting, layout)
+            _check_update(np.asarray(updates[leaf]), g, new_moments, block, t, setting, layout)
         state = new
     differ, expected = (sum(column) for column in zip(*near, strict=True))
-    codes = 1.5 * _STEPS * sum(math.prod(shape) for shape, _ in LEAVES.values())
+    codes = 2 * _STEPS * sum(math.prod(shape) for shape, _ in LEAVES.values())
     assert differ <= expected + 5 * math.sqrt(expected) and expected < 1e-4 * codes

@@ -20,7 +20,9 @@ from jax.sharding import PartitionSpec as P
 from test_dual import (
     BUILTIN,
     FLOAT_MIN,
+    LAYOUTS,
     LEAVES,
+    Layout,
     U,
     blocks_of,
     for_both,
@@ -37,7 +39,7 @@ import gefen_jax as gx
 from gefen_jax._dither import leaf_phases
 from gefen_jax._dual_step import advance_dual
 from gefen_jax._levels import make_levels
-from gefen_jax._packing import SHARED
+from gefen_jax._packing import OWN, SHARED
 from gefen_jax._transform import decay_at
 from gefen_jax._types import Moments, Step
 
@@ -49,18 +51,25 @@ def _assert_equal(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-def _assert_same_but_for_a_group(ours: Moments, theirs: Moments, block: tuple[int, ...]) -> None:
-    """One step of two programs: equal bits, scales to an ulp or two; one group may have a flip."""
+def _assert_same_but_for_a_group(
+    ours: Moments, theirs: Moments, block: tuple[int, ...], layout: Layout = LAYOUTS["shared"]
+) -> None:
+    """One step of two programs: equal bits, scales to an ulp or two; one group may have a flip.
+
+    Of a scale of 24 bits, an ulp is 2^-15 at most.
+    """
+    rtol = max(4 * U, layout.scale_error[1])
     ours, theirs = (Moments(*(np.asarray(x) for x in moments)) for moments in (ours, theirs))
     differ = 0
     for i, at in blocks_of(ours.mu.shape, block):
-        same = np.array_equal(ours.mu[at], theirs.mu[at]) and ours.nu[i] == theirs.nu[i]
-        differ += not (same and np.isclose(ours.scale[i], theirs.scale[i], rtol=4 * U, atol=0))
+        a, b = (layout.read(moments, i, at) for moments in (ours, theirs))
+        same = np.array_equal(a.k, b.k) and np.array_equal(a.h, b.h) and a.exponent == b.exponent
+        differ += not (same and np.isclose(a.scale, b.scale, rtol=rtol, atol=0))
     assert differ <= 1
 
 
-@functools.partial(jax.jit, static_argnames=("block", "chunk"))
-def _advance(g, state, count, block, chunk):
+@functools.partial(jax.jit, static_argnames=("block", "chunk", "packing"))
+def _advance(g, state, count, block, chunk, packing=SHARED):
     step = Step(
         decay=decay_at(0.9, 0.999, 1e-8, 0.0, count),
         encoder=None,  # pyright: ignore[reportArgumentType] (that of codes of 8 bits)
@@ -70,7 +79,7 @@ def _advance(g, state, count, block, chunk):
         exact_lookup=True,
         backend=None,
     )
-    return advance_dual(g, state, block, step, packing=SHARED, chunk=chunk)
+    return advance_dual(g, state, block, step, packing=packing, chunk=chunk)
 
 
 # Shape, block, elements of a piece. Rows of blocks with a last piece that reaches back (5 of 22, 2
@@ -81,21 +90,29 @@ _PIECES = {
     "heads": ((5, 4, 16), (1, 4, 16), 150),
     "odd heads": ((7, 4, 9), (1, 4, 9), 80),
     "rows of an inner axis": ((5, 4, 7), (1, 2, 1), 60),
+    "boxes of an inner axis": ((6, 4, 7), (1, 4, 1), 120),
     "columns": ((32, 67), (8, 1), 300),
     "columns of boxes": ((4, 6, 67), (2, 6, 1), 1),
     "single blocks": ((3, 2, 4, 9), (1, 2, 4, 9), 1),
 }
 
 
-@pytest.mark.parametrize("name", _PIECES)
-def test_pieces_give_the_same_state(name):
+# A wide code's pairs need runs of four.
+_TOO_SHORT = [("rows of an inner axis", "wide")]
+_IN_PIECES = [(n, kind) for n in _PIECES for kind in LAYOUTS if (n, kind) not in _TOO_SHORT]
+
+
+@pytest.mark.parametrize(("name", "kind"), _IN_PIECES)
+def test_pieces_give_the_same_state(name, kind):
     shape, block, chunk = _PIECES[name]
-    leaf = {name: (shape, block)}
-    state = gx.DualCode(block).init(shape)
+    leaf, layout = {name: (shape, block)}, LAYOUTS[kind]
+    packing = {"shared": SHARED, "wide": OWN}[kind]
+    state = packing.init(shape, block)
     for t in range(1, 6):
         g = jnp.asarray(gradients(leaf, t)[name])
-        whole, pieces = (_advance(g, state, jnp.int32(t), block, c) for c in (None, chunk))
-        _assert_same_but_for_a_group(pieces, whole, block)
+        both = (_advance(g, state, jnp.int32(t), block, c, packing) for c in (None, chunk))
+        whole, pieces = both
+        _assert_same_but_for_a_group(pieces, whole, block, layout)
         state = whole
 
 

@@ -39,6 +39,7 @@ _LEAVES: dict[str, tuple[tuple[int, ...], Any, int]] = {
     "rows": ((7, 64), gx.DualCode((1, 64)), 64),
     "heads": ((3, 4, 8), gx.DualCode((1, 4, 8)), 32),
     "inner": ((7, 4, 67), gx.DualCode((1, 4, 1)), 4),
+    "wide": ((7, 4, 67), gx.WideDualCode((1, 4, 1)), 4),
     "shared": ((6, 64), gx.SharedBlocks((1, 64)), 64),
     "ragged": ((33, 6), gx.SharedBlocks((16, 1)), 16),
     "flat": ((6, 8), gx.FlatPeriods(16, 16), 16),
@@ -275,6 +276,7 @@ def test_vmap_over_an_ensemble():
 
 _SPREAD = {
     "dual": ((16, 512), gx.DualCode((1, 256)), 256),
+    "wide": ((16, 512), gx.WideDualCode((1, 256)), 256),
     "shared": ((16, 512), gx.SharedBlocks((1, 256)), 256),
     "exact": ((16, 512), gx.Exact(), 0),
 }
@@ -314,6 +316,7 @@ class _Memory(NamedTuple):
 _MEMORY = {
     "dual": _Memory(gx.DualCode((1, 256))),
     "dual columns": _Memory(gx.DualCode((256, 1))),
+    "wide": _Memory(gx.WideDualCode((1, 256))),
     # XLA on a CPU converts a float16 array before it adds up its squares: no norm here.
     "dual float16": _Memory(gx.DualCode((1, 256)), jnp.float16, max_norm=None),
     "shared": _Memory(gx.SharedBlocks((1, 1024))),

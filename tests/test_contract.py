@@ -41,6 +41,7 @@ def _reference_with_builtin_codebook(params: Any, grads: Any) -> gx.Plan:
 
 PLANS: dict[str, Callable[[Any, Any], gx.Plan | None]] = {
     "no plan": lambda params, grads: None,
+    "wide": lambda params, grads: gx.plan_by_shape(params, kind="wide_dual_code"),
     "axis": gx.calibrate,
     "reference": lambda params, grads: gx.calibrate(params, grads, rule="reference"),
 }
@@ -134,12 +135,13 @@ def _assert_close_but_flips(actual, expected):
     Levels of a dual code's nu are a 32nd of it apart at least, so an error of rtol decides for
     another one in up to 32 rtol of all cases, and of mu in about half as many; an exact leaf and
     shared blocks have none of the kind. Another code is the next one: the widest gap between two
-    entries is 0.27 of the largest.
+    entries is 0.27 of the largest. The scale of a wide code moves in steps of 2^-15.
     """
+    rtol = _INJECTED_RTOL + 2.0**-15
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = np.asarray(a), np.asarray(e)
-        wrong = a != e if a.dtype == np.uint8 else ~np.isclose(a, e, rtol=_INJECTED_RTOL, atol=0)
+        wrong = a != e if a.dtype == np.uint8 else ~np.isclose(a, e, rtol=rtol, atol=0)
         assert wrong.sum() <= 48 * _INJECTED_RTOL * a.size
         if a.dtype != np.uint8:
             np.testing.assert_allclose(a[wrong], e[wrong], atol=0.3 * np.abs(e).max(initial=0))

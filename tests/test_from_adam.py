@@ -54,6 +54,7 @@ _EXACT = _BY_SHAPE.with_kind("*", gx.Exact())
 _PLANS = {
     "no plan": None,
     "exact": _EXACT,
+    "wide": gx.plan_by_shape(_params(), kind="wide_dual_code"),
     "shared": gx.calibrate(_params(), _SEQUENCE[0]),
     "ragged": _BY_SHAPE.with_kind("dense/w", gx.SharedBlocks((1, 200))),
 }
@@ -102,7 +103,7 @@ def test_moments_of_a_model_in_bfloat16():
     chex.assert_trees_all_equal_dtypes(gx.to_adam(gx.from_adam(adam, params), params), adam)
 
 
-@pytest.mark.parametrize("name", ["no plan", "shared", "ragged"])
+@pytest.mark.parametrize("name", ["no plan", "wide", "shared", "ragged"])
 def test_the_same_as_by_way_of_exact_moments(name):
     plan, params = _PLANS[name], _params()
     ours = gx.from_adam(_adam_state(), params, plan)

@@ -102,8 +102,10 @@ def test_where_everything_of_ours_lies():
     assert ours.count == ours.codebook == ours.codebook4 == got[1][2].count.spec == P()
 
 
+_WIDE = gx.plan_by_shape(_tree(0), kind="wide_dual_code")
 _OPTIMIZERS = {
     "gefen": lambda: gx.gefen(1e-3),
+    "gefen, wide codes": lambda: gx.gefen(1e-3, plan=_WIDE),
     "gefen_muon": lambda: gx.gefen_muon(1e-3),
     "gefen_muon, 4 bits": lambda: gx.gefen_muon(1e-3, bits=4),
     "adamw": lambda: optax.adamw(1e-3),

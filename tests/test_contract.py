@@ -135,14 +135,15 @@ def _assert_close_but_flips(actual, expected):
     Levels of a dual code's nu are a 32nd of it apart at least, so an error of rtol decides for
     another one in up to 32 rtol of all cases, and of mu in about half as many; an exact leaf and
     shared blocks have none of the kind. Another code is the next one: the widest gap between two
-    entries is 0.27 of the largest. The scale of a wide code moves in steps of 2^-15.
+    entries is 0.27 of the largest. Where nu's other code is that of the element that decides the
+    scale, as in 0.2 of 64 blocks, the block's 128 values have another scale.
     """
-    rtol = _INJECTED_RTOL + 2.0**-15
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = np.asarray(a), np.asarray(e)
-        wrong = a != e if a.dtype == np.uint8 else ~np.isclose(a, e, rtol=rtol, atol=0)
-        assert wrong.sum() <= 48 * _INJECTED_RTOL * a.size
+        wrong = a != e if a.dtype == np.uint8 else ~np.isclose(a, e, rtol=_INJECTED_RTOL, atol=0)
+        block = 0 if a.dtype == np.uint8 else 128
+        assert wrong.sum() <= 48 * _INJECTED_RTOL * a.size + block
         if a.dtype != np.uint8:
             np.testing.assert_allclose(a[wrong], e[wrong], atol=0.3 * np.abs(e).max(initial=0))
 

@@ -44,7 +44,9 @@ def gefen(
       nesterov: Whether to use Nesterov momentum.
       plan: From `calibrate` or `plan_by_shape`; None for dual codes by shape, which need no
         calibration.
-      backend: None for the implementation that is best on the device at hand, or "xla".
+      backend: None for the implementation that is known to be best on the device at hand, "xla", or
+        "triton" for the kernels of `pallas_kernels` (dual codes on one NVIDIA GPU; not measured on
+        one yet, so None never takes them).
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.

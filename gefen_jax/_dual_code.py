@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array
 
-from gefen_jax._backend import in_best_form
+from gefen_jax._backend import in_best_form, kernel_of
 from gefen_jax._blocks import Shape, check_block, runs_divide
 from gefen_jax._dual_step import advance_dual, direction_dual, fused_dual, read_dual, write_dual
 from gefen_jax._packing import SHARED, Packing
@@ -74,6 +74,8 @@ class DualCode:
 
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """One step; see `gefen_jax._dual_step` for the equations."""
+        if (kernel := kernel_of(self.name, g, step.backend)) is not None:
+            return kernel.update(g, moments, self.block, step)
         advance = functools.partial(advance_dual, packing=self._packing)
         new = in_best_form(advance, g, moments, self.block, step)
         return direction_dual(g, new, self.block, step, self._packing), new
@@ -82,6 +84,8 @@ class DualCode:
         self, weight: Any, g: Array, moments: Moments, step: Step, move: Move, offset: Array
     ) -> tuple[Any, Moments]:
         """One step that takes the weight along."""
+        if (kernel := kernel_of(self.name, g, step.backend)) is not None:
+            return kernel.fused(weight, g, moments, self.block, step, move, offset)
         fused = functools.partial(fused_dual, packing=self._packing, move=move, offset=offset)
         return in_best_form(fused, g, (weight, moments), self.block, step)
 

@@ -85,7 +85,9 @@ def fused_gefen(
       mask: Which leaves the weight decay applies to: a tree of bools or a function of the params.
       nesterov: Whether to use Nesterov momentum.
       plan: From `calibrate` or `plan_by_shape`; None for dual codes by shape.
-      backend: None for the implementation that is best on the device at hand, or "xla".
+      backend: None for the implementation that is known to be best on the device at hand, "xla", or
+        "triton" for the kernels of `pallas_kernels` (dual codes on one NVIDIA GPU; not measured on
+        one yet, so None never takes them).
       max_norm: The largest global norm of the gradients, >= 0; None to leave them as they are.
 
     Returns:

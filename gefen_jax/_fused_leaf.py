@@ -25,14 +25,7 @@ from gefen_jax._transform import (
     check_parameter,
     step_leaves,
 )
-from gefen_jax._types import FusedKind, Kind, Moments, Rates, Step
-
-
-class Weight(NamedTuple):
-    """A parameter as the model holds it, and what the state holds of it."""
-
-    high: Array
-    low: Array | None  # the correction of `split_weights`, if there is one
+from gefen_jax._types import FusedKind, Kind, Moments, Rates, Rounding, Step, Weight
 
 
 class Place(NamedTuple):
@@ -40,13 +33,6 @@ class Place(NamedTuple):
 
     offset: UInt32[Array, ""]  # the row-major position of the first element in the whole leaf
     phase: UInt32[Array, "two"] | None  # of the weight's dither; None where none is split
-
-
-class Rounding(NamedTuple):
-    """How a weight in 16 bits is kept."""
-
-    bits: int
-    stochastic: bool
 
 
 @functools.partial(
@@ -74,38 +60,41 @@ def _step_leaf(
     kind: Kind,
     rounding: Rounding | None,
 ) -> tuple[Weight, Moments]:
-    def move(weight: Weight, direction: Array, position: Array, step: Step, /) -> Weight:
-        return _moved(weight, direction, position, step, place, rounding)
-
     weight, moments = both
+    move = _Move(rounding, place.phase)
     if isinstance(kind, FusedKind):
         return kind.fused(weight, g, moments, step, move, place.offset)
     direction, new = kind.update(g, moments, step)
     return move(weight, direction, positions(g.shape) + place.offset, step), new
 
 
-def _moved(
-    weight: Weight,
-    direction: Float[Array, "..."],
-    position: UInt32[Array, "..."],
-    step: Step,
-    place: Place,
-    rounding: Rounding | None,
-) -> Weight:
+class _Move(NamedTuple):
     """The weight after its update: as `Step.moved`, or as `with_split_weights` has it."""
-    if rounding is None:
-        return weight._replace(high=step.moved(weight.high, direction))
-    assert step.rates is not None and place.phase is not None
-    update = direction.astype(jnp.float32)
-    if step.rates.weight_decay is not None:
-        decay = step.rates.weight_decay.astype(jnp.float32)
-        update = update + decay * merge(weight.high, weight.low)
-    update = step.rates.scale.astype(jnp.float32) * update
-    words = dither(place.phase, position)[0] if rounding.stochastic else None
-    delta, low = advance(weight.high, weight.low, update, rounding.bits, words)
-    # As `optax.apply_updates` adds: so corrections are those of the unfused form, bit for bit.
-    high = (merge(weight.high, None) + delta).astype(weight.high.dtype)
-    return Weight(high, low)
+
+    rounding: Rounding | None
+    phase: UInt32[Array, "two"] | None
+
+    def __call__(
+        self,
+        weight: Weight,
+        direction: Float[Array, "..."],
+        position: UInt32[Array, "..."],
+        step: Step,
+        /,
+    ) -> Weight:
+        if self.rounding is None:
+            return weight._replace(high=step.moved(weight.high, direction))
+        assert step.rates is not None and self.phase is not None
+        update = direction.astype(jnp.float32)
+        if step.rates.weight_decay is not None:
+            decay = step.rates.weight_decay.astype(jnp.float32)
+            update = update + decay * merge(weight.high, weight.low)
+        update = step.rates.scale.astype(jnp.float32) * update
+        words = dither(self.phase, position)[0] if self.rounding.stochastic else None
+        delta, low = advance(weight.high, weight.low, update, self.rounding.bits, words)
+        # As `optax.apply_updates` adds: so corrections are those of the unfused form, bit for bit.
+        high = (merge(weight.high, None) + delta).astype(weight.high.dtype)
+        return Weight(high, low)
 
 
 def step_part(

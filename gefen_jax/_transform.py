@@ -181,7 +181,9 @@ def scale_by_gefen(
       eps_root: Added inside the square root.
       nesterov: Whether to use Nesterov momentum, as in `optax.scale_by_adam`.
       plan: From `calibrate` or `plan_by_shape`; None for dual codes by shape.
-      backend: None for the implementation that is best on the device at hand, or "xla".
+      backend: None for the implementation that is known to be best on the device at hand, "xla", or
+        "triton" for the kernels of `pallas_kernels` (dual codes on one NVIDIA GPU; not measured on
+        one yet, so None never takes them).
 
     Returns:
       A `optax.GradientTransformationExtraArgs` whose state is a `ScaleByGefenState`: about 1 byte

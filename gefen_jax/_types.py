@@ -140,9 +140,33 @@ class Kind(Protocol):
         ...
 
 
+class Weight(NamedTuple):
+    """A parameter as the model holds it, and what the state holds of it."""
+
+    high: Array
+    low: Array | None  # the correction of `split_weights`, if there is one
+
+
+class Rounding(NamedTuple):
+    """How a weight in 16 bits is kept."""
+
+    bits: int
+    stochastic: bool
+
+
 @runtime_checkable
 class Move(Protocol):
     """How a fused step takes a weight, or a piece of it, along."""
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """None for a parameter that is not split."""
+        ...
+
+    @property
+    def phase(self) -> UInt32[Array, "two"] | None:
+        """Of the weight's dither; None where it is not split."""
+        ...
 
     def __call__(self, weight: Any, direction: Array, position: Array, step: Step, /) -> Any:
         """The new weight; ``position`` are the row-major positions in the leaf, uint32."""

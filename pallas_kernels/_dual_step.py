@@ -139,15 +139,15 @@ def _tile(layout: DualLayout, config: DualStepConfig) -> _Tile:
 
 
 def _dither(
-    phase: tuple[Array, Array], at: tuple[Array, Array, Array], layout: DualLayout
+    words: tuple[Array, Array, Array], at: tuple[Array, Array, Array], layout: DualLayout
 ) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
     """The two fractions of the elements there, in units of 2^-32."""
     row, inside, column = (index.astype(jnp.uint32) for index in at)
     period, inner = np.uint32(layout.period), np.uint32(layout.inner)
-    word = ((row * period + inside) * inner + column) ^ phase[0]
+    word = (words[2] + (row * period + inside) * inner + column) ^ words[0]
     word = (word ^ (word >> 16)) * _MIX1
     word = (word ^ (word >> 15)) * _MIX2
-    return word + phase[1], (word ^ (word >> 16)) * _MIX3 + phase[1]
+    return word + words[1], (word ^ (word >> 16)) * _MIX3 + words[1]
 
 
 def _nu_level(exponent: Int[Array, "..."], code: Int[Array, "..."]) -> Float[Array, "..."]:
@@ -207,8 +207,8 @@ def make_kernel(layout: DualLayout, config: DualStepConfig, form: Form) -> Any:
     """The kernel. Refs are whole: leaves [blocks, period, inner], statistics [blocks, inner].
 
     Inputs: scalars, phase, tables, g, and those fields of a `_Leaf` that there are. Outputs: the
-    new ones, which may lie in place. The words of the phase are two for the moments, and two for
-    the weight if a fraction rounds it.
+    new ones, which may lie in place. The words of the phase are two for the moments, the leaf's
+    position, and two for the weight if a fraction rounds it.
     """
 
     def kernel(scalars_ref: Any, phase_ref: Any, tables_ref: Any, g_ref: Any, *refs: Any) -> None:
@@ -238,8 +238,8 @@ def make_kernel(layout: DualLayout, config: DualStepConfig, form: Form) -> Any:
         square = 0.5 * (g[0] * g[0] + g[1] * g[1])
         nu = scalars["b2"] * nu + scalars["one_minus_b2"] * square
 
-        phase = phase_ref[0], phase_ref[1]
-        (nu_fraction, fraction1), (_, fraction2) = (_dither(phase, x, layout) for x in at)
+        words, start = (phase_ref[0], phase_ref[1], phase_ref[2]), phase_ref[2]
+        (nu_fraction, fraction1), (_, fraction2) = (_dither(words, x, layout) for x in at)
         new = _code(_Pairs(m1, m2, nu), (nu_fraction, fraction1, fraction2), tables)
         _store_state(new_refs, tile, new)
 
@@ -261,7 +261,7 @@ def make_kernel(layout: DualLayout, config: DualStepConfig, form: Form) -> Any:
                 out = jnp.where(change == 0, theta, theta - change)
             fraction = None
             if form.stochastic:
-                fraction, _ = _dither((phase_ref[2], phase_ref[3]), x, layout)
+                fraction, _ = _dither((phase_ref[3], phase_ref[4], start), x, layout)
             _store_param(new_refs, x, tile.mask, out, form, fraction)
 
     return kernel

@@ -127,6 +127,7 @@ def dual_step(
     scalars: DualScalars,
     codebook: Float[Array, "16"],
     phase: UInt32[Array, "two"],
+    offset: Any = 0,
     nesterov: bool = False,
     gradient_factor: Any = 1.0,
     param: Num[Array, "*shape"] | None = None,
@@ -160,6 +161,7 @@ def dual_step(
       scalars: What the step's equations name.
       codebook: The sorted levels of m, the first -1 and the last 1. Float32.
       phase: The two words of this leaf and this step, for the dither.
+      offset: Where the leaf begins in another one that it is a part of: a position, for the dither.
       nesterov: Whether the update looks ahead.
       gradient_factor: What the gradient is multiplied by first (a clip's): a number or a scalar.
       param: The parameter, for the fused form: float32, bfloat16 or float16.
@@ -197,9 +199,10 @@ def dual_step(
     old = [like, codes, scale, exponent, *([] if correction is None else [correction])]
     shape = (layout.blocks, layout.period, layout.inner)
     shaped = [x.reshape(shape[::2] if x is scale or x is exponent else shape) for x in old]
+    words = [phase, jnp.asarray(offset, jnp.uint32)[None]]
     inputs = [
         _scalars(scalars, nesterov, others),
-        phase if weight_phase is None else jnp.concatenate([phase, weight_phase]),
+        jnp.concatenate(words if weight_phase is None else [*words, weight_phase]),
         _tables(codebook),
         g.reshape(shape),
         *(shaped if form.fused else shaped[1:]),

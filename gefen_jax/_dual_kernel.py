@@ -1,0 +1,71 @@
+"""The dual code's step by the kernel of `pallas_kernels`, in one pass over memory."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+import pallas_kernels
+from gefen_jax._blocks import Shape, flat_view
+from gefen_jax._pairs import stretches
+from gefen_jax._types import Moments, Move, Step, Weight
+from pallas_kernels import DualLayout, DualScalars, DualStepResult, SplitWeight
+
+
+def update(g: Array, moments: Moments, block: Shape, step: Step) -> tuple[Array, Moments]:
+    """One step: the direction, in the gradient's dtype, and the new moments."""
+    result = _step(g, moments, block, step)
+    return result.out, _moments(result)
+
+
+def fused(
+    weight: Weight, g: Array, moments: Moments, block: Shape, step: Step, move: Move, offset: Array
+) -> tuple[Weight, Moments]:
+    """One step that takes the weight along."""
+    rates, split = step.rates, None
+    assert rates is not None
+    factor: Any = 1.0
+    if rates.clip is not None:
+        factor = jnp.where(rates.clip.idle, 1.0, rates.clip.max_norm / rates.clip.norm)
+    if move.rounding is not None:
+        split = SplitWeight(weight.low, move.phase if move.rounding.stochastic else None)
+    others = {
+        "offset": offset,
+        "gradient_factor": factor,
+        "param": weight.high,
+        "split": split,
+        "learning_rate": -rates.scale,
+        "weight_decay": 0.0 if rates.weight_decay is None else rates.weight_decay,
+    }
+    result = _step(g, moments, block, step, **others)
+    return Weight(result.out, result.correction), _moments(result)
+
+
+def _moments(result: DualStepResult) -> Moments:
+    return Moments(result.codes, result.scale, result.exponent)
+
+
+def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -> DualStepResult:
+    view, number = flat_view(g.shape, block), stretches(block)
+    layout = DualLayout(view.blocks, number, view.period // number // 2, view.inner)
+
+    def launch(interpret: bool) -> Any:
+        def run(g: Array, moments: Moments, decay: Any, codebook: Array, phase: Array, others: Any):
+            return pallas_kernels.dual_step(
+                g,
+                *moments,
+                layout=layout,
+                scalars=DualScalars(*decay),
+                codebook=codebook,
+                phase=phase,
+                nesterov=step.nesterov,
+                interpret=interpret,
+                **others,
+            )
+
+        return run
+
+    # Without a default: for other devices JAX raises when it lowers.
+    args = g, moments, step.decay, step.levels.codebook, step.phase, others
+    return jax.lax.platform_dependent(*args, cuda=launch(False), cpu=launch(True))

@@ -1,0 +1,234 @@
+"""Every backend by name: what `backend="triton"` gives is what the plain step gives.
+
+Here kernels run in Pallas' interpreter. The kernel and the plain step are two programs: a float
+differs by a few roundings, and a code where its fraction lies within rounding of the point at which
+it would decide otherwise (tests/test_kernels.py derives how often: about one in 30,000).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gefen_jax as gx
+import pallas_kernels
+from gefen_jax._builtin import builtin_codebook
+
+pytestmark = [
+    pytest.mark.skipif(
+        not pallas_kernels.is_available(),
+        reason=f"jax {jax.__version__} has no Triton dialect of Pallas",
+    ),
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+]
+
+# Interpreted kernels are large programs, which run for microseconds.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+_U = 2.0**-24
+_RATE = 1e-2
+
+# Leaves that the kernel takes, along a row and along columns; and some that it leaves to the plain
+# step.
+_KINDS: dict[str, tuple[tuple[int, ...], Any]] = {
+    "rows": ((6, 64), gx.DualCode((1, 64))),
+    "columns": ((32, 5), gx.DualCode((32, 1))),
+    "wide": ((2, 8), gx.WideDualCode((1, 8))),
+    "shared": ((2, 8), gx.SharedBlocks((1, 8))),
+    "bias": ((7,), gx.Exact()),
+}
+_PLAN = gx.Plan(
+    tuple(gx.LeafPlan(name, shape, kind, "test") for name, (shape, kind) in _KINDS.items()),
+    builtin_codebook(),
+    "test",
+    "shape",
+)
+
+
+def _tree(seed: int, size: float = 1.0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    shapes = {name: shape for name, (shape, _) in _KINDS.items()}
+    return {k: jnp.asarray(size * rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
+
+_PARAMS = _tree(0, 0.1)
+_GRADS = [_tree(i) for i in range(1, 4)]
+
+
+def _assert_same_state(ours: Any, theirs: Any) -> None:
+    """Codes bit for bit, as these seeds have no flip; scales to the roundings of a maximum."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = np.asarray(a), np.asarray(b)
+        if a.dtype == np.float32:
+            np.testing.assert_allclose(a, b, rtol=16 * _U, atol=0)
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
+def test_updates():
+    """Of every kind; 24 roundings of an update, as derived in test_dual.py, in either program."""
+    plain, kernel = (gx.scale_by_gefen(plan=_PLAN, backend=b) for b in ("xla", "triton"))
+    state = plain.init(_PARAMS)
+    steps = [_jit(tx.update) for tx in (plain, kernel)]
+    for grads in _GRADS:
+        (expected, after), (updates, ours) = (step(grads, state) for step in steps)
+        _assert_same_state(ours, after)
+        for name, update in updates.items():
+            atol = 48 * _U * np.abs(expected[name]).max()
+            np.testing.assert_allclose(update, expected[name], rtol=48 * _U, atol=atol)
+        state = after
+
+
+def _moved(fused: gx.FusedGefen, weights: Any, grads: Any = _GRADS[0]) -> Any:
+    return _jit(fused.step)(grads, fused.init(_PARAMS), weights)
+
+
+def test_fused():
+    """Clipped, and with a mask. The parameter is rounded once, its change a few times."""
+    arguments = {"max_norm": 1.0, "weight_decay": 0.1, "mask": {k: k == "rows" for k in _KINDS}}
+    make = functools.partial(gx.fused_gefen, _RATE, plan=_PLAN, **arguments)
+    expected, ours = (_moved(make(backend=b), _PARAMS) for b in ("xla", "triton"))
+    _assert_same_state(ours[1], expected[1])
+    for name, p in expected[0].items():
+        change = np.abs(p - _PARAMS[name])
+        bound = 2 * _U * np.abs(p) + 64 * _U * change
+        assert np.all(np.abs(ours[0][name] - p) <= bound)
+
+
+def test_split_weights(bits=24):
+    """Of merged weights, which have as many bits: an ulp of theirs, and roundings of the change."""
+    weights = gx.split_weights(_PARAMS, bits)[0]
+    wholes = []
+    for backend in ("xla", "triton"):
+        fused = gx.with_split_weights(gx.fused_gefen(_RATE, plan=_PLAN, backend=backend), bits=bits)
+        new, state = _moved(fused, weights)
+        assert new["rows"].dtype == jnp.bfloat16
+        wholes.append(gx.merge_weights(new, state))
+    for name, p in wholes[0].items():
+        bound = (2.0 ** -(bits - 9) + 2 * _U) * np.abs(p) + 64 * _U * np.abs(p - _PARAMS[name])
+        assert np.all(np.abs(wholes[1][name] - p) <= bound)
+        assert np.mean(wholes[1][name] == p) > 0.9
+
+
+def _embed(params, batch):
+    return batch @ params["in"]
+
+
+def _layer(params, x):
+    return x + jnp.tanh(x @ params["w"])
+
+
+def _head(params, x, batch):
+    return jnp.mean((x @ params["out"] - jnp.sin(batch)) ** 2)
+
+
+def _loss(params, batch):
+    x = _embed(params, batch)
+    return _head(
+        params, jax.lax.scan(lambda x, p: (_layer(p, x), None), x, params["layers"])[0], batch
+    )
+
+
+@functools.cache
+def _model() -> Any:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32)
+
+    params = {"in": normal(4, 64), "layers": {"w": normal(2, 64, 64)}, "out": normal(64, 4)}
+    return params, jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
+
+
+def test_a_training_run():
+    """The loss curves of 20 steps; leaves of 8,192 elements are large: one dual code, two exact.
+
+    A flip of a code moves an element by a gap of the codebook, 0.27 of the block's largest, of one
+    step, so the loss by less than a hundredth of what a step does.
+    """
+    params, batch = _model()
+    curves = []
+    for backend in ("xla", "triton"):
+        tx = gx.gefen(_RATE, backend=backend)
+
+        @_jit
+        def train(params, tx=tx):
+            def step(carry, _):
+                params, state = carry
+                loss, grads = jax.value_and_grad(_loss)(params, batch)
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), loss
+
+            return jax.lax.scan(step, (params, tx.init(params)), length=20)[1]
+
+        curves.append(np.asarray(train(params)))
+    assert curves[0][-1] < 0.5 * curves[0][0]
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-3)
+
+
+def test_layers_of_stacked_leaves():
+    """A layer gets the fractions of its place in the whole leaf, from the kernel too."""
+    params, batch = _model()
+    results = []
+    for backend in ("xla", "triton"):
+        fused = gx.fused_gefen(_RATE, backend=backend)
+        step = _jit(gx.gradient_release(fused, _embed, _layer, _head))
+        results.append(step(params, fused.init(params), batch))
+    (expected, after, _), (new, state, _) = results
+    _assert_same_state(state, after)
+    w = expected["layers"]["w"]
+    bound = 2 * _U * np.abs(w) + 64 * _U * _RATE
+    assert np.all(np.abs(new["layers"]["w"] - w) <= bound)
+
+
+def test_an_ensemble_by_vmap():
+    tx = gx.scale_by_gefen(plan=_PLAN, backend="triton")
+    rows = [{"rows": grads["rows"]} for grads in _GRADS[:2]]
+    both = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    states = jax.vmap(tx.init)(both)
+    updates, states = _jit(jax.vmap(tx.update))(both, states)
+    one = _jit(tx.update)
+    for i in range(2):
+        expected, state = one(rows[i], tx.init(rows[i]))
+        ours = jax.tree.map(lambda x, i=i: x[i], (updates, states))
+        _assert_same_state(ours[1], state)
+        for name, update in expected.items():
+            atol = 48 * _U * np.abs(update).max()
+            np.testing.assert_allclose(ours[0][name], update, rtol=48 * _U, atol=atol)
+
+
+# Lowered, not run --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cuda_gets_one_kernel_per_leaf(dtype):
+    """And `backend=None` none, as nothing was measured."""
+    grads = optax.tree.cast(_GRADS[0], dtype)
+    for backend, kernels in (("triton", 2), (None, 0)):
+        tx = gx.scale_by_gefen(plan=_PLAN, backend=backend)
+        traced = jax.jit(tx.update).trace(grads, tx.init(_PARAMS))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels
+
+
+def test_other_devices_are_refused():
+    tx = gx.scale_by_gefen(plan=_PLAN, backend="triton")
+    traced = jax.jit(tx.update).trace(_GRADS[0], tx.init(_PARAMS))
+    with pytest.raises(NotImplementedError, match="platform tpu"):
+        traced.lower(lowering_platforms=("tpu",))
+
+
+def test_a_mesh_is_refused():
+    """As far as types tell: on Explicit axes."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    tx = gx.scale_by_gefen(backend="triton")
+    params = {"w": jax.device_put(jnp.ones((64, 256)), NamedSharding(mesh, P("x")))}
+    with pytest.raises(NotImplementedError, match=r"'triton' takes leaves on one device.*64, 256"):
+        jax.jit(tx.update)(params, jax.jit(tx.init)(params))

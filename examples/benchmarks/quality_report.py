@@ -2,7 +2,8 @@
 
     python examples/benchmarks/quality_report.py
 
-It reads `examples/results/quality.jsonl` and writes `quality.md` and `quality.png` beside it.
+It reads `examples/results/quality.jsonl` and writes `quality.md`, `quality.png` (curves) and
+`quality_gap.png` (the loss gap against the bytes of the state) beside it.
 """
 
 from __future__ import annotations
@@ -121,6 +122,45 @@ def plot(setups: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
     plt.close(figure)
 
 
+# States of more and more bytes, of the same algorithm: Adam with decoupled weight decay.
+BY_BYTES = ("gefen, shared blocks", "gefen", "gefen, wide codes", "flash_adamw", BASELINE)
+
+
+def plot_gap(setups: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
+    """What fewer bytes cost: the gap to the baseline, with its interval, where seeds give one."""
+    shown = {setup: rows for setup, rows in setups.items() if len(_by_bytes(rows)) > 2}
+    if not shown:
+        return
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(3.2 * len(shown), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, (setup, rows) in zip(axes[0], shown.items(), strict=True):
+        axis.axhline(0, color="0.8")
+        for comparison in _by_bytes(rows):
+            gap = comparison.difference or Paired(0.0, math.nan)
+            width = 0.0 if math.isnan(gap.half_width) else gap.half_width
+            axis.errorbar(
+                comparison.bytes_per_parameter,
+                gap.mean,
+                width,
+                fmt="o",
+                capsize=3,
+                color=f"C{BY_BYTES.index(comparison.variant)}",
+                label=f"{comparison.variant} ({comparison.seeds})",
+            )
+        axis.set(xlabel="state, bytes per parameter", xscale="log", title=setup[0])
+        axis.set_xticks([1, 1.5, 2, 4, 8], labels=["1", "1.5", "2", "4", "8"])
+        axis.minorticks_off()
+        axis.legend(fontsize="x-small")
+    axes[0][0].set_ylabel(f"validation loss less {BASELINE}'s")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _by_bytes(rows: Sequence[Row]) -> list[Comparison]:
+    return [comparison for comparison in compare(rows) if comparison.variant in BY_BYTES]
+
+
 def _curve(rows: Sequence[Row]) -> tuple[list[int], list[float]]:
     """Mean over seeds at the steps of the curve; what diverged is a gap."""
     points: dict[int, list[float]] = {}
@@ -154,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = options.out or options.results.parent
     (folder / "quality.md").write_text(markdown(setups), encoding="utf-8")
     plot(setups, folder / "quality.png")
+    plot_gap(setups, folder / "quality_gap.png")
 
 
 if __name__ == "__main__":

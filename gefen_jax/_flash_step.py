@@ -82,70 +82,64 @@ def check_leaf(path: str, g: Any, kept: Any, scale_dtype: DTypeLike) -> None:
         )
 
 
-def _moments(rule: Rule, g: Array, kept: Kept, decay: Decay) -> tuple[Array, Real]:
-    """Update and moments of a step, float32, before they are rounded."""
-    return rule(g.astype(jnp.float32), tuple(map(decode, kept)), decay)
-
-
-def _encoded(moments: Real, kept: Kept, inside: tuple[int, ...]) -> Kept:
-    """Moments in the place of those that are kept, with scales in float32."""
+def _next(
+    rule: Rule, g: Array, kept: Kept, inside: tuple[int, ...], decay: Decay
+) -> tuple[Array, Kept]:
+    """The update, in the gradient's dtype, and the moments of groups, with scales in float32."""
+    update, moments = rule(g.astype(jnp.float32), tuple(map(decode, kept)), decay)
     pairs = zip(moments, kept, strict=True)
-    return tuple(encode(x, old.code.dtype, inside) for x, old in pairs)
+    new = tuple(encode(x, old.code.dtype, inside) for x, old in pairs)
+    return update.astype(g.dtype), new
 
 
 def _advance(
     rule: Rule, g: Array, kept: Kept, block: Shape, step: Step, *, chunk: int | None = None
 ) -> tuple[Array, Kept]:
     """Update and moments of a leaf a step later. Runs must divide their axis."""
+    if chunk is not None:
+        return _advance_in_pieces(rule, g, kept, block, step.decay, chunk)
     blocked, inside = split(g, block)
 
     def seen(x: Array) -> Array:
         is_leaf = x.shape == g.shape
         return x.reshape(blocked.shape) if is_leaf else split_stats(x, g.shape, block)
 
-    old = jax.tree.map(seen, kept)
-    update, moments = _moments(rule, blocked, old, step.decay)
-    if chunk is None:
-        new = _encoded(moments, old, inside)
-        new = jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
-    else:
-        # The moments are computed once more: an update that the loop had to write would be a leaf
-        # of its own, where XLA fuses this one with what follows.
-        new = _encoded_in_pieces(rule, g, kept, block, step.decay, chunk)
-    return update.astype(g.dtype).reshape(g.shape), new
+    update, new = _next(rule, blocked, jax.tree.map(seen, kept), inside, step.decay)
+    new = jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
+    return update.reshape(g.shape), new
 
 
-def _encoded_in_pieces(
+def _advance_in_pieces(
     rule: Rule, g: Array, kept: Kept, block: Shape, decay: Decay, chunk: int
-) -> Kept:
-    """The moments of a leaf a step later, in pieces: temporaries of one, and the codes in place."""
+) -> tuple[Array, Kept]:
+    """The same with temporaries of one piece: codes in place, and the update in the gradient's."""
     view = flat_view(g.shape, block)
 
     def flat(x: Array) -> Array:
         return x.reshape(view.shape if x.size == g.size else view.stats_shape)
 
-    flat_g, scales = flat(g), [flat(x.scale) for x in kept]
+    scales = [flat(x.scale) for x in kept]
 
-    def body(piece: Piece, arrays: Kept) -> Kept:
+    def body(piece: Piece, arrays: tuple[Array, Kept]) -> tuple[Array, Kept]:
         def old_scale(x: Array) -> Array:
             tied, x = piece.tied(x)
             return tied.read_stats(x)
 
+        g, kept = arrays
         old = tuple(
-            Coded(piece.read(x.code), old_scale(s)) for x, s in zip(arrays, scales, strict=True)
+            Coded(piece.read(x.code), old_scale(s)) for x, s in zip(kept, scales, strict=True)
         )
-        tied, fixed = piece.tied(flat_g)
-        new = _encoded(_moments(rule, tied.read(fixed), old, decay)[1], old, (1,))
-        return tuple(
+        update, new = jax.lax.optimization_barrier(_next(rule, piece.read(g), old, (1,), decay))
+        return piece.write(g, update), tuple(
             Coded(piece.write(x.code, n.code), piece.write_stats(x.scale, n.scale))
-            for x, n in zip(arrays, new, strict=True)
+            for x, n in zip(kept, new, strict=True)
         )
 
     # New scales are arrays of their own. If they replaced those that are read, XLA would copy them
     # at every turn, to have the old ones while it computes the codes.
     start = tuple(Coded(flat(x.code), jnp.zeros(view.stats_shape, jnp.float32)) for x in kept)
-    new = over_pieces(view, body, start, chunk)
-    return jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
+    update, new = over_pieces(view, body, (flat(g), start), chunk)
+    return update.reshape(g.shape), jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
 
 
 _NO_TABLE: Any = None  # `in_best_form` hands a `Step` on; these codes are looked up nowhere

@@ -6,6 +6,7 @@ worked through in pieces of whole blocks. Every array is updated in place (`dyna
 on the loop's carry), so donated state is never copied.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -221,7 +222,7 @@ def over_pieces(
 
 def map_pieces(
     function: Callable[[Any, Any, Any], Any],
-    constant: Array,
+    constant: Array | None,
     carry: Carry,
     view: FlatView,
     chunk: int,
@@ -240,9 +241,10 @@ def map_pieces(
         shape = (view.blocks * stretches, 2, half, *view.shape[2:])
 
     def flat(x: Array) -> Array:
-        return x.reshape(shape if x.size == constant.size else view.stats_shape)
+        return x.reshape(shape if x.size == size else view.stats_shape)
 
-    fixed, arrays = flat(constant), jax.tree.map(flat, carry)
+    size = math.prod(shape)
+    fixed, arrays = jax.tree.map(flat, (constant, carry))
 
     def body(piece: Piece, arrays: Carry) -> Carry:
         tied, part = piece.tied(fixed)
@@ -256,7 +258,7 @@ def map_pieces(
         def write(x: Array, value: Any) -> Array:
             return at.write(x, value) if x.ndim == len(shape) else at.write_stats(x, value)
 
-        new = function(at, fixed_at.read(part), jax.tree.map(read, arrays))
+        new = function(at, jax.tree.map(fixed_at.read, part), jax.tree.map(read, arrays))
         return jax.tree.map(write, arrays, new)
 
     new = over_pieces(view, body, arrays, chunk)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt32
 
 from gefen_jax._backend import in_best_form, laid_out_like
 from gefen_jax._blocks import Shape, flat_view, split, split_stats, stats_shape
-from gefen_jax._chunks import Piece, over_pieces
+from gefen_jax._chunks import Piece, map_pieces
 from gefen_jax._companding import FIRST, SECOND, Coded, decode, encode, round_scale
 from gefen_jax._dither import dither, positions
 from gefen_jax._not_differentiable import not_differentiable
@@ -83,63 +83,55 @@ def check_leaf(path: str, g: Any, kept: Any, scale_dtype: DTypeLike) -> None:
 
 
 def _next(
-    rule: Rule, g: Array, kept: Kept, inside: tuple[int, ...], decay: Decay
+    rule: Rule, g: Array, kept: Kept, position: Array, inside: tuple[int, ...], step: Step
 ) -> tuple[Array, Kept]:
-    """The update, in the gradient's dtype, and the moments of groups, with scales in float32."""
-    update, moments = rule(g.astype(jnp.float32), tuple(map(decode, kept)), decay)
-    pairs = zip(moments, kept, strict=True)
-    new = tuple(encode(x, old.code.dtype, inside) for x, old in pairs)
-    return update.astype(g.dtype), new
+    """The update, in the gradient's dtype, and the moments of groups; ``position``, theirs."""
+    update, moments = rule(g.astype(jnp.float32), tuple(map(decode, kept)), step.decay)
+    # The first moment gets the second fraction, as in `gefen_jax._dual_step`.
+    words = reversed(dither(step.phase, position))
+    new = []
+    for x, old, word in zip(moments, kept, words, strict=False):
+        code, scale = encode(x, old.code.dtype, inside)
+        new.append(Coded(code, round_scale(scale, old.scale.dtype, word)))
+    return update.astype(g.dtype), tuple(new)
 
 
 def _advance(
-    rule: Rule, g: Array, kept: Kept, block: Shape, step: Step, *, chunk: int | None = None
+    rule: Rule,
+    g: Array,
+    state: tuple[Kept, Array],
+    block: Shape,
+    step: Step,
+    *,
+    chunk: int | None = None,
 ) -> tuple[Array, Kept]:
     """Update and moments of a leaf a step later. Runs must divide their axis."""
+    kept, position = state
     if chunk is not None:
-        return _advance_in_pieces(rule, g, kept, block, step.decay, chunk)
+        return _advance_in_pieces(rule, g, kept, position.reshape(-1)[0], block, step, chunk)
     blocked, inside = split(g, block)
 
     def seen(x: Array) -> Array:
         is_leaf = x.shape == g.shape
         return x.reshape(blocked.shape) if is_leaf else split_stats(x, g.shape, block)
 
-    update, new = _next(rule, blocked, jax.tree.map(seen, kept), inside, step.decay)
+    update, new = _next(rule, blocked, *jax.tree.map(seen, state), inside, step)
     new = jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
     return update.reshape(g.shape), new
 
 
 def _advance_in_pieces(
-    rule: Rule, g: Array, kept: Kept, block: Shape, decay: Decay, chunk: int
+    rule: Rule, g: Array, kept: Kept, first: Array, block: Shape, step: Step, chunk: int
 ) -> tuple[Array, Kept]:
-    """The same with temporaries of one piece: codes in place, and the update in the gradient's."""
+    """The same with temporaries of one piece: codes in place, the update in the gradient's."""
     view = flat_view(g.shape, block)
 
-    def flat(x: Array) -> Array:
-        return x.reshape(view.shape if x.size == g.size else view.stats_shape)
+    def in_piece(piece: Piece, _, both: tuple[Array, Kept]) -> tuple[Array, Kept]:
+        g, kept = both
+        position = first + piece.row + jnp.arange(piece.rows, dtype=jnp.uint32)[:, None]
+        return jax.lax.optimization_barrier(_next(rule, g, kept, position, (1,), step))
 
-    scales = [flat(x.scale) for x in kept]
-
-    def body(piece: Piece, arrays: tuple[Array, Kept]) -> tuple[Array, Kept]:
-        def old_scale(x: Array) -> Array:
-            tied, x = piece.tied(x)
-            return tied.read_stats(x)
-
-        g, kept = arrays
-        old = tuple(
-            Coded(piece.read(x.code), old_scale(s)) for x, s in zip(kept, scales, strict=True)
-        )
-        update, new = jax.lax.optimization_barrier(_next(rule, piece.read(g), old, (1,), decay))
-        return piece.write(g, update), tuple(
-            Coded(piece.write(x.code, n.code), piece.write_stats(x.scale, n.scale))
-            for x, n in zip(kept, new, strict=True)
-        )
-
-    # New scales are arrays of their own. If they replaced those that are read, XLA would copy them
-    # at every turn, to have the old ones while it computes the codes.
-    start = tuple(Coded(flat(x.code), jnp.zeros(view.stats_shape, jnp.float32)) for x in kept)
-    update, new = over_pieces(view, body, (flat(g), start), chunk)
-    return update.reshape(g.shape), jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
+    return map_pieces(in_piece, None, (g, kept), view, chunk)
 
 
 _NO_TABLE: Any = None  # `in_best_form` hands a `Step` on; these codes are looked up nowhere
@@ -149,18 +141,13 @@ def _update(
     rule: Rule, g: Array, kept: Kept, decay: Decay, phase: UInt32[Array, "two"]
 ) -> tuple[Array, Kept]:
     shape, block = groups_of(g.shape)
-    step = Step(decay, _NO_TABLE, _NO_TABLE, _NO_TABLE, False, False, None)
+    step = Step(decay, _NO_TABLE, _NO_TABLE, phase, False, False, None)
     g, kept = not_differentiable((g, kept), _NO_DERIVATIVE)
     seen = tuple(Coded(x.code.reshape(shape), x.scale) for x in kept)
-    advance = functools.partial(_advance, rule)
-    update, new = in_best_form(advance, g.reshape(shape), seen, block, step)
-    # The first moment gets the second fraction, as in `gefen_jax._dual_step`.
-    words = reversed(dither(phase, positions(stats_shape(shape, block))))
-    stored = (
-        Coded(x.code.reshape(g.shape), round_scale(x.scale, old.scale.dtype, word))
-        for x, old, word in zip(new, kept, words, strict=False)
-    )
-    return update.reshape(g.shape), tuple(stored)
+    state = seen, positions(stats_shape(shape, block))
+    update, new = in_best_form(functools.partial(_advance, rule), g.reshape(shape), state, block, step)
+    stored = tuple(Coded(x.code.reshape(g.shape), x.scale) for x in new)
+    return update.reshape(g.shape), stored
 
 
 @functools.partial(jax.jit, static_argnames="rule")

@@ -231,8 +231,8 @@ def map_pieces(
 ) -> Carry:
     """The carry, with ``function(piece, constant, carry)`` in place of every piece of its arrays.
 
-    Arrays of the carry, a tree, lie like the leaf, as the constant does, or have a number per
-    block. The function is given what a `Piece` reads of each, or with ``stretches`` a
+    Arrays of the carry, a tree, lie like the leaf, as the constant does if there is one, or have a
+    number per block. The function is given what a `Piece` reads of each, or with ``stretches`` a
     `PairedPiece`, and returns what that writes.
     """
     shape = view.shape
@@ -241,9 +241,8 @@ def map_pieces(
         shape = (view.blocks * stretches, 2, half, *view.shape[2:])
 
     def flat(x: Array) -> Array:
-        return x.reshape(shape if x.size == size else view.stats_shape)
+        return x.reshape(shape if x.size == math.prod(shape) else view.stats_shape)
 
-    size = math.prod(shape)
     fixed, arrays = jax.tree.map(flat, (constant, carry))
 
     def body(piece: Piece, arrays: Carry) -> Carry:

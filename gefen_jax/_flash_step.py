@@ -16,9 +16,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
-from gefen_jax._backend import in_best_form, laid_out_like
+from gefen_jax._backend import apart, in_best_form, laid_out_like
 from gefen_jax._blocks import Shape, flat_view, split, split_stats, stats_shape
-from gefen_jax._chunks import Piece, map_pieces
+from gefen_jax._chunks import Piece, map_pieces, over_pieces
 from gefen_jax._companding import FIRST, SECOND, Coded, decode, encode, round_scale
 from gefen_jax._dither import dither, positions
 from gefen_jax._not_differentiable import not_differentiable
@@ -28,6 +28,7 @@ GROUP = 32
 
 Real = tuple[Float[Array, "..."], ...]
 Kept = tuple[Coded, ...]
+Position = UInt32[Array, "..."]  # of groups, row-major in the whole leaf
 # From gradient and moments, float32, to the update and the new moments.
 Rule = Callable[[Array, Real, Decay], tuple[Array, Real]]
 
@@ -82,24 +83,31 @@ def check_leaf(path: str, g: Any, kept: Any, scale_dtype: DTypeLike) -> None:
         )
 
 
-def _next(
-    rule: Rule, g: Array, kept: Kept, position: Array, inside: tuple[int, ...], step: Step
-) -> tuple[Array, Kept]:
-    """The update, in the gradient's dtype, and the moments of groups; ``position``, theirs."""
-    update, moments = rule(g.astype(jnp.float32), tuple(map(decode, kept)), step.decay)
+def _moments(rule: Rule, g: Array, kept: Kept, decay: Decay) -> tuple[Array, Real]:
+    """Update and moments of a step, float32, before they are rounded."""
+    return rule(g.astype(jnp.float32), tuple(map(decode, kept)), decay)
+
+
+def _encoded(moments: Real, kept: Kept, inside: tuple[int, ...]) -> Kept:
+    """Moments in the place of those that are kept, with scales in float32."""
+    pairs = zip(moments, kept, strict=True)
+    return tuple(encode(x, old.code.dtype, inside) for x, old in pairs)
+
+
+def _rounded(new: Kept, kept: Kept, position: Position, phase: UInt32[Array, "two"]) -> Kept:
+    """The same with scales in the dtype that they are kept in."""
     # The first moment gets the second fraction, as in `gefen_jax._dual_step`.
-    words = reversed(dither(step.phase, position))
-    new = []
-    for x, old, word in zip(moments, kept, words, strict=False):
-        code, scale = encode(x, old.code.dtype, inside)
-        new.append(Coded(code, round_scale(scale, old.scale.dtype, word)))
-    return update.astype(g.dtype), tuple(new)
+    words = reversed(dither(phase, position))
+    return tuple(
+        x._replace(scale=round_scale(x.scale, old.scale.dtype, word))
+        for x, old, word in zip(new, kept, words, strict=False)
+    )
 
 
 def _advance(
     rule: Rule,
     g: Array,
-    state: tuple[Kept, Array],
+    state: tuple[Kept, Position],
     block: Shape,
     step: Step,
     *,
@@ -107,31 +115,84 @@ def _advance(
 ) -> tuple[Array, Kept]:
     """Update and moments of a leaf a step later. Runs must divide their axis."""
     kept, position = state
-    if chunk is not None:
-        return _advance_in_pieces(rule, g, kept, position.reshape(-1)[0], block, step, chunk)
     blocked, inside = split(g, block)
 
     def seen(x: Array) -> Array:
         is_leaf = x.shape == g.shape
         return x.reshape(blocked.shape) if is_leaf else split_stats(x, g.shape, block)
 
-    update, new = _next(rule, blocked, *jax.tree.map(seen, state), inside, step)
-    new = jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
-    return update.reshape(g.shape), new
+    old = jax.tree.map(seen, kept)
+    update, moments = _moments(rule, blocked, old, step.decay)
+    if chunk is None:
+        new = _encoded(moments, old, inside)
+        new = jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
+    else:
+        # The moments are computed once more: an update that the loop had to write would be a leaf
+        # of its own, where XLA fuses this one with what follows.
+        new = _encoded_in_pieces(rule, g, kept, block, step.decay, chunk)
+    update = update.astype(g.dtype).reshape(g.shape)
+    return update, _rounded(new, kept, position, step.phase)
 
 
-def _advance_in_pieces(
-    rule: Rule, g: Array, kept: Kept, first: Array, block: Shape, step: Step, chunk: int
+def _advance_in_place(
+    rule: Rule,
+    g: Array,
+    state: tuple[Kept, Position],
+    block: Shape,
+    step: Step,
+    *,
+    chunk: int | None = None,
 ) -> tuple[Array, Kept]:
-    """The same with temporaries of one piece: codes in place, the update in the gradient's."""
-    view = flat_view(g.shape, block)
+    """The same in pieces, with the update in the gradient's place: no array of a leaf's size.
 
-    def in_piece(piece: Piece, _, both: tuple[Array, Kept]) -> tuple[Array, Kept]:
-        g, kept = both
-        position = first + piece.row + jnp.arange(piece.rows, dtype=jnp.uint32)[:, None]
-        return jax.lax.optimization_barrier(_next(rule, g, kept, position, (1,), step))
+    For GPUs, whose kernels have several results. On a CPU every result is a loop of its own, and
+    XLA would copy, at every turn, what one of them replaces and another reads.
+    """
+    assert chunk is not None
+    kept, position = state
+    view, first = flat_view(g.shape, block), position.reshape(-1)[0]
+
+    def in_piece(piece: Piece, _: None, both: tuple[Array, Kept]) -> tuple[Array, Kept]:
+        g, old = both
+        update, moments = _moments(rule, g, old, step.decay)
+        rows = first + piece.row + jnp.arange(piece.rows, dtype=jnp.uint32)[:, None]
+        new = _rounded(_encoded(moments, old, (1,)), old, rows, step.phase)
+        return update.astype(g.dtype), new
 
     return map_pieces(in_piece, None, (g, kept), view, chunk)
+
+
+def _encoded_in_pieces(
+    rule: Rule, g: Array, kept: Kept, block: Shape, decay: Decay, chunk: int
+) -> Kept:
+    """The moments of a leaf a step later, in pieces: temporaries of one, and the codes in place."""
+    view = flat_view(g.shape, block)
+
+    def flat(x: Array) -> Array:
+        return x.reshape(view.shape if x.size == g.size else view.stats_shape)
+
+    flat_g, scales = flat(g), [flat(x.scale) for x in kept]
+
+    def body(piece: Piece, arrays: Kept) -> Kept:
+        def old_scale(x: Array) -> Array:
+            tied, x = piece.tied(x)
+            return tied.read_stats(x)
+
+        old = tuple(
+            Coded(piece.read(x.code), old_scale(s)) for x, s in zip(arrays, scales, strict=True)
+        )
+        tied, fixed = piece.tied(flat_g)
+        new = _encoded(_moments(rule, tied.read(fixed), old, decay)[1], old, (1,))
+        return tuple(
+            Coded(piece.write(x.code, n.code), piece.write_stats(x.scale, n.scale))
+            for x, n in zip(arrays, new, strict=True)
+        )
+
+    # New scales are arrays of their own. If they replaced those that are read, XLA would copy them
+    # at every turn, to have the old ones while it computes the codes.
+    start = tuple(Coded(flat(x.code), jnp.zeros(view.stats_shape, jnp.float32)) for x in kept)
+    new = over_pieces(view, body, start, chunk)
+    return jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
 
 
 _NO_TABLE: Any = None  # `in_best_form` hands a `Step` on; these codes are looked up nowhere
@@ -142,10 +203,12 @@ def _update(
 ) -> tuple[Array, Kept]:
     shape, block = groups_of(g.shape)
     step = Step(decay, _NO_TABLE, _NO_TABLE, phase, False, False, None)
-    g, kept = not_differentiable((g, kept), _NO_DERIVATIVE)
+    g, kept = apart(not_differentiable((g, kept), _NO_DERIVATIVE))
     seen = tuple(Coded(x.code.reshape(shape), x.scale) for x in kept)
+    # Positions travel with the moments: where the leaf is cut, a part has those of its groups.
     state = seen, positions(stats_shape(shape, block))
-    update, new = in_best_form(functools.partial(_advance, rule), g.reshape(shape), state, block, step)
+    advance, in_place = (functools.partial(f, rule) for f in (_advance, _advance_in_place))
+    update, new = in_best_form(advance, g.reshape(shape), state, block, step, on_gpu=in_place)
     stored = tuple(Coded(x.code.reshape(g.shape), x.scale) for x in new)
     return update.reshape(g.shape), stored
 

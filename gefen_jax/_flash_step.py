@@ -157,7 +157,9 @@ def _advance_in_place(
         update, moments = _moments(rule, g, old, step.decay)
         rows = first + piece.row + jnp.arange(piece.rows, dtype=jnp.uint32)[:, None]
         new = _rounded(_encoded(moments, old, (1,)), old, rows, step.phase)
-        return update.astype(g.dtype), new
+        # All of a piece before any of it is written: else XLA copies whole arrays at every turn, for
+        # the kernels that still read what another one replaces.
+        return jax.lax.optimization_barrier((update.astype(g.dtype), new))
 
     return map_pieces(in_piece, None, (g, kept), view, chunk)
 

@@ -25,6 +25,7 @@ CHUNK = 1 << 18
 _COLUMNS = 64
 
 Carry = TypeVar("Carry")
+Constant = TypeVar("Constant")
 
 
 class Piece(NamedTuple):
@@ -42,8 +43,8 @@ class Piece(NamedTuple):
         size = (self.rows, x.shape[1], self.columns)[: x.ndim]
         return jax.lax.dynamic_slice(x, self._start(x), size)
 
-    def tied(self, x: Array) -> tuple["Piece", Array]:
-        """This piece and an array that the loop does not change, to read from."""
+    def tied(self, x: Constant) -> tuple["Piece", Constant]:
+        """This piece and arrays that the loop does not change, to read from."""
         # Tied to the turn of the loop: on a CPU, XLA widens slices of bfloat16 to float32, and
         # would otherwise widen the whole array once, in front of the loop.
         x, row = jax.lax.optimization_barrier((x, self.row))
@@ -222,7 +223,7 @@ def over_pieces(
 
 def map_pieces(
     function: Callable[[Any, Any, Any], Any],
-    constant: Array | None,
+    constant: Any,
     carry: Carry,
     view: FlatView,
     chunk: int,
@@ -231,9 +232,9 @@ def map_pieces(
 ) -> Carry:
     """The carry, with ``function(piece, constant, carry)`` in place of every piece of its arrays.
 
-    Arrays of the carry, a tree, lie like the leaf, as the constant does if there is one, or have a
-    number per block. The function is given what a `Piece` reads of each, or with ``stretches`` a
-    `PairedPiece`, and returns what that writes.
+    Arrays of the carry, a tree, lie like the leaf or have a number per block; the constant lies
+    like the leaf, or is None. The function is given what a `Piece` reads of each, or with
+    ``stretches`` a `PairedPiece`, and returns what that writes.
     """
     shape = view.shape
     if stretches is not None:

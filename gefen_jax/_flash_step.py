@@ -157,8 +157,8 @@ def _advance_in_place(
         update, moments = _moments(rule, g, old, step.decay)
         rows = first + piece.row + jnp.arange(piece.rows, dtype=jnp.uint32)[:, None]
         new = _rounded(_encoded(moments, old, (1,)), old, rows, step.phase)
-        # All of a piece before any of it is written: else XLA copies whole arrays at every turn, for
-        # the kernels that still read what another one replaces.
+        # All of a piece before any of it is written: else XLA copies whole arrays at every turn,
+        # for the kernels that still read what another one replaces.
         return jax.lax.optimization_barrier((update.astype(g.dtype), new))
 
     return map_pieces(in_piece, None, (g, kept), view, chunk)
@@ -210,7 +210,10 @@ def _update(
     # Positions travel with the moments: where the leaf is cut, a part has those of its groups.
     state = seen, positions(stats_shape(shape, block))
     advance, in_place = (functools.partial(f, rule) for f in (_advance, _advance_in_place))
-    update, new = in_best_form(advance, g.reshape(shape), state, block, step, on_gpu=in_place)
+    # An update in float32 is fused with what follows; gradients may be the caller's, to keep, and
+    # in their place it would cost a copy. A narrow one is rounded first, and XLA stores it.
+    on_gpu = in_place if g.dtype.itemsize < 4 else advance
+    update, new = in_best_form(advance, g.reshape(shape), state, block, step, on_gpu=on_gpu)
     stored = tuple(Coded(x.code.reshape(g.shape), x.scale) for x in new)
     return update.reshape(g.shape), stored
 

@@ -64,31 +64,39 @@ def kernel_of(kind: str, g: Array, backend: str | None) -> Any:
     return _dual_kernel
 
 
-def in_best_form(advance: Advance, g: Array, state: Any, block: Shape, step: Step) -> Any:
+def in_best_form(
+    advance: Advance,
+    g: Array,
+    state: Any,
+    block: Shape,
+    step: Step,
+    *,
+    on_gpu: Advance | None = None,
+) -> Any:
     """``advance(g, state, block, step)`` in the form that is best on the device at hand.
 
     A large leaf is worked through in pieces: on one CPU in such that fit in its cache, on one GPU
-    in large ones, so that temporaries are those of a piece. Every mesh gets the whole-leaf form, as
-    a loop over slices of a sharded axis would gather the leaf; so do TPUs, where neither was
-    measured.
+    in large ones, so that temporaries are those of a piece, and by ``on_gpu`` if that is given.
+    Every mesh gets the whole-leaf form, as a loop over slices of a sharded axis would gather the
+    leaf; so do TPUs, where neither was measured.
     """
 
     def one_size(g: Array, state: Any, block: Shape) -> Any:
-        def form(chunk: int | None) -> Callable[..., Any]:
+        def form(advance: Advance, chunk: int | None) -> Callable[..., Any]:
             # Branches take arrays only: what is static in the step stays outside.
             def run(g: Array, state: Any, *arrays: Any) -> Any:
                 return advance(g, state, block, step._replace(**_named(arrays)), chunk=chunk)
 
             return run
 
-        whole, args = form(None), (g, state, *(getattr(step, name) for name in _TRACED))
+        whole, args = form(advance, None), (g, state, *(getattr(step, name) for name in _TRACED))
         if g.size <= CHUNK or any(map(_on_a_mesh, jax.tree.leaves((g, state)))):
             return whole(*args)
         # At least two pieces: kernels of several leaves may run in any order, which keeps the
         # temporaries of all of them; loops run one after the other.
-        on_gpu = form(min(GPU_CHUNK, g.size // 2))
+        large = form(on_gpu or advance, min(GPU_CHUNK, g.size // 2))
         return jax.lax.platform_dependent(
-            *args, cpu=form(CHUNK), **dict.fromkeys(_GPUS, on_gpu), default=whole
+            *args, cpu=form(advance, CHUNK), **dict.fromkeys(_GPUS, large), default=whole
         )
 
     g, state = not_differentiable((g, state), _NO_DERIVATIVE)
@@ -114,7 +122,7 @@ def update_leaf(
     """
 
     def update(g: Array, moments: Moments, arrays: dict[str, Any]) -> tuple[Array, Moments]:
-        direction, new = kind.update(g, *_apart(moments, Step(**arrays, **static)))
+        direction, new = kind.update(g, *_with_tables_apart(moments, Step(**arrays, **static)))
         return direction.astype(g.dtype), new
 
     mesh = jax.typeof(g).sharding.mesh
@@ -152,15 +160,18 @@ _NO_DERIVATIVE = (
 )
 
 
-def _apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
+def apart(tree: Any) -> Any:
     """The same; on a GPU, so that no kernel computes the directions of several leaves.
 
     XLA makes one of leaves of one shape that read one table, and all that such a kernel reads is
     kept until then: temporaries of all leaves, instead of those of the largest.
     """
-    both = moments, tuple(getattr(step, name) for name in _TABLES)
     barriers = dict.fromkeys(_GPUS, jax.lax.optimization_barrier)
-    moments, tables = jax.lax.platform_dependent(both, **barriers, default=lambda x: x)
+    return jax.lax.platform_dependent(tree, **barriers, default=lambda x: x)
+
+
+def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
+    moments, tables = apart((moments, tuple(getattr(step, name) for name in _TABLES)))
     return moments, step._replace(**dict(zip(_TABLES, tables, strict=True)))
 
 

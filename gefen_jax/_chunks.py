@@ -25,6 +25,7 @@ CHUNK = 1 << 18
 _COLUMNS = 64
 
 Carry = TypeVar("Carry")
+Constant = TypeVar("Constant")
 
 
 class Piece(NamedTuple):
@@ -42,8 +43,8 @@ class Piece(NamedTuple):
         size = (self.rows, x.shape[1], self.columns)[: x.ndim]
         return jax.lax.dynamic_slice(x, self._start(x), size)
 
-    def tied(self, x: Array) -> tuple["Piece", Array]:
-        """This piece and an array that the loop does not change, to read from."""
+    def tied(self, x: Constant) -> tuple["Piece", Constant]:
+        """This piece and arrays that the loop does not change, to read from."""
         # Tied to the turn of the loop: on a CPU, XLA widens slices of bfloat16 to float32, and
         # would otherwise widen the whole array once, in front of the loop.
         x, row = jax.lax.optimization_barrier((x, self.row))
@@ -247,7 +248,7 @@ def over_pieces(
 
 def map_pieces(
     function: Callable[[Any, Any, Any], Any],
-    constant: Array,
+    constant: Any,
     carry: Carry,
     view: FlatView,
     chunk: int,
@@ -256,9 +257,10 @@ def map_pieces(
 ) -> Carry:
     """The carry, with ``function(piece, constant, carry)`` in place of every piece of its arrays.
 
-    Arrays of the carry, a tree, lie like the leaf, as the constant does, or have a number per
-    block, or with ``stretches`` one per pair of elements. The function is given what a `Piece`
-    reads of each, or with ``stretches`` a `PairedPiece`, and returns what that writes.
+    Arrays of the carry, a tree, lie like the leaf or have a number per block, or with ``stretches``
+    one per pair of elements; the constant lies like the leaf, or is None. The function is given
+    what a `Piece` reads of each, or with ``stretches`` a `PairedPiece`, and returns what that
+    writes.
     """
     shape = of_pairs = view.shape
     if stretches is not None:
@@ -271,7 +273,7 @@ def map_pieces(
     def flat(x: Array) -> Array:
         return x.reshape(shapes[x.size])
 
-    fixed, arrays = flat(constant), jax.tree.map(flat, carry)
+    fixed, arrays = jax.tree.map(flat, (constant, carry))
 
     def body(piece: Piece, arrays: Carry) -> Carry:
         tied, part = piece.tied(fixed)
@@ -293,7 +295,7 @@ def map_pieces(
                 return at.write_shared(x, value)
             return at.write_stats(x, value)
 
-        new = function(at, fixed_at.read(part), jax.tree.map(read, arrays))
+        new = function(at, jax.tree.map(fixed_at.read, part), jax.tree.map(read, arrays))
         return jax.tree.map(write, arrays, new)
 
     new = over_pieces(view, body, arrays, chunk)

@@ -16,9 +16,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
-from gefen_jax._backend import in_best_form, laid_out_like
+from gefen_jax._backend import apart, in_best_form, laid_out_like
 from gefen_jax._blocks import Shape, flat_view, split, split_stats, stats_shape
-from gefen_jax._chunks import Piece, over_pieces
+from gefen_jax._chunks import Piece, map_pieces, over_pieces
 from gefen_jax._companding import FIRST, SECOND, Coded, decode, encode, round_scale
 from gefen_jax._dither import dither, positions
 from gefen_jax._not_differentiable import not_differentiable
@@ -28,6 +28,7 @@ GROUP = 32
 
 Real = tuple[Float[Array, "..."], ...]
 Kept = tuple[Coded, ...]
+Position = UInt32[Array, "..."]  # of groups, row-major in the whole leaf
 # From gradient and moments, float32, to the update and the new moments.
 Rule = Callable[[Array, Real, Decay], tuple[Array, Real]]
 
@@ -93,10 +94,27 @@ def _encoded(moments: Real, kept: Kept, inside: tuple[int, ...]) -> Kept:
     return tuple(encode(x, old.code.dtype, inside) for x, old in pairs)
 
 
+def _rounded(new: Kept, kept: Kept, position: Position, phase: UInt32[Array, "two"]) -> Kept:
+    """The same with scales in the dtype that they are kept in."""
+    # The first moment gets the second fraction, as in `gefen_jax._dual_step`.
+    words = reversed(dither(phase, position))
+    return tuple(
+        x._replace(scale=round_scale(x.scale, old.scale.dtype, word))
+        for x, old, word in zip(new, kept, words, strict=False)
+    )
+
+
 def _advance(
-    rule: Rule, g: Array, kept: Kept, block: Shape, step: Step, *, chunk: int | None = None
+    rule: Rule,
+    g: Array,
+    state: tuple[Kept, Position],
+    block: Shape,
+    step: Step,
+    *,
+    chunk: int | None = None,
 ) -> tuple[Array, Kept]:
     """Update and moments of a leaf a step later. Runs must divide their axis."""
+    kept, position = state
     blocked, inside = split(g, block)
 
     def seen(x: Array) -> Array:
@@ -112,7 +130,38 @@ def _advance(
         # The moments are computed once more: an update that the loop had to write would be a leaf
         # of its own, where XLA fuses this one with what follows.
         new = _encoded_in_pieces(rule, g, kept, block, step.decay, chunk)
-    return update.astype(g.dtype).reshape(g.shape), new
+    update = update.astype(g.dtype).reshape(g.shape)
+    return update, _rounded(new, kept, position, step.phase)
+
+
+def _advance_in_place(
+    rule: Rule,
+    g: Array,
+    state: tuple[Kept, Position],
+    block: Shape,
+    step: Step,
+    *,
+    chunk: int | None = None,
+) -> tuple[Array, Kept]:
+    """The same in pieces, with the update in the gradient's place: no array of a leaf's size.
+
+    For GPUs, whose kernels have several results. On a CPU every result is a loop of its own, and
+    XLA would copy, at every turn, what one of them replaces and another reads.
+    """
+    assert chunk is not None
+    kept, position = state
+    view, first = flat_view(g.shape, block), position.reshape(-1)[0]
+
+    def in_piece(piece: Piece, _: None, both: tuple[Array, Kept]) -> tuple[Array, Kept]:
+        g, old = both
+        update, moments = _moments(rule, g, old, step.decay)
+        rows = first + piece.row + jnp.arange(piece.rows, dtype=jnp.uint32)[:, None]
+        new = _rounded(_encoded(moments, old, (1,)), old, rows, step.phase)
+        # All of a piece before any of it is written: else XLA copies whole arrays at every turn,
+        # for the kernels that still read what another one replaces.
+        return jax.lax.optimization_barrier((update.astype(g.dtype), new))
+
+    return map_pieces(in_piece, None, (g, kept), view, chunk)
 
 
 def _encoded_in_pieces(
@@ -155,18 +204,18 @@ def _update(
     rule: Rule, g: Array, kept: Kept, decay: Decay, phase: UInt32[Array, "two"]
 ) -> tuple[Array, Kept]:
     shape, block = groups_of(g.shape)
-    step = Step(decay, _NO_TABLE, _NO_TABLE, _NO_TABLE, False, False, None)
-    g, kept = not_differentiable((g, kept), _NO_DERIVATIVE)
+    step = Step(decay, _NO_TABLE, _NO_TABLE, phase, False, False, None)
+    g, kept = apart(not_differentiable((g, kept), _NO_DERIVATIVE))
     seen = tuple(Coded(x.code.reshape(shape), x.scale) for x in kept)
-    advance = functools.partial(_advance, rule)
-    update, new = in_best_form(advance, g.reshape(shape), seen, block, step)
-    # The first moment gets the second fraction, as in `gefen_jax._dual_step`.
-    words = reversed(dither(phase, positions(stats_shape(shape, block))))
-    stored = (
-        Coded(x.code.reshape(g.shape), round_scale(x.scale, old.scale.dtype, word))
-        for x, old, word in zip(new, kept, words, strict=False)
-    )
-    return update.reshape(g.shape), tuple(stored)
+    # Positions travel with the moments: where the leaf is cut, a part has those of its groups.
+    state = seen, positions(stats_shape(shape, block))
+    advance, in_place = (functools.partial(f, rule) for f in (_advance, _advance_in_place))
+    # An update in float32 is fused with what follows; gradients may be the caller's, to keep, and
+    # in their place it would cost a copy. A narrow one is rounded first, and XLA stores it.
+    on_gpu = in_place if g.dtype.itemsize < 4 else advance
+    update, new = in_best_form(advance, g.reshape(shape), state, block, step, on_gpu=on_gpu)
+    stored = tuple(Coded(x.code.reshape(g.shape), x.scale) for x in new)
+    return update.reshape(g.shape), stored
 
 
 @functools.partial(jax.jit, static_argnames="rule")

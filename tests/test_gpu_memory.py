@@ -1,5 +1,7 @@
 """What a step becomes on a GPU, as far as it can be seen without one, and how the bench counts."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ from gpu_memory import Cost, computations, cost
 
 import gefen_jax as gx
 from gefen_jax import _backend
+from gefen_jax._flash_step import update_leaf
 from gefen_jax._transform import _update_leaf
 
 # Kernels and traffic of compiled HLO -----------------------------------------------------------
@@ -104,3 +107,27 @@ def test_large_leaves_are_loops_and_leaves_apart(platform, rows, loops, barriers
     text = _lowered(platform, rows)
     assert text.count("stablehlo.while") == loops
     assert text.count("stablehlo.optimization_barrier") == barriers
+
+
+# Platform and the gradient's dtype; how many loops and barriers, and whether the loop hands the
+# gradient's array on as the update's.
+_FLASH = [
+    ("cpu", jnp.bfloat16, False),
+    ("cuda", jnp.float32, False),
+    ("cuda", jnp.bfloat16, True),
+]
+
+
+@pytest.mark.parametrize("platform, dtype, in_place", _FLASH)
+def test_flash_writes_narrow_updates_over_the_gradient(platform, dtype, in_place, monkeypatch):
+    """On a GPU, where an update that is stored would be a second array of the gradient's size."""
+    monkeypatch.setattr(_backend, "CHUNK", 8 * 512)
+    tx, params = gx.scale_by_flash_adam(), jax.ShapeDtypeStruct((16, 512), dtype)
+    update_leaf.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
+    traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    update_leaf.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
+    (loop,) = [line for line in text.splitlines() if "stablehlo.while" in line]
+    body = text[text.index(loop) :]
+    written = re.findall(r"dynamic_update_slice.*: \(tensor<256x32x(\w+)>", body)
+    assert sorted(written) == sorted(["i8", "ui8"] + ["bf16"] * in_place)

@@ -1,8 +1,11 @@
 """Time, compile time and memory of one optimizer step on this machine, beside `optax.adamw`.
 
 One jitted step with donated parameters and state: `update` and `apply_updates`, or the fused step.
-The optimizers take turns in one run, so that whatever else the machine does hits both; medians
-after a warm-up.
+The optimizers take turns in one run, so that whatever else the machine does hits all; medians after
+a warm-up. All ratios are to `optax.adamw` with everything in float32. Two optimizers have weights
+and gradients in bfloat16: the fused step with split weights, which trains 24 bits of each; and
+`optax.adamw` on the same arrays, whose moments are then in bfloat16, too, and whose weights lose
+what bfloat16 cannot hold: a baseline of time, not of what is learned.
 
     python examples/benchmarks/cpu_step.py
 """
@@ -31,12 +34,24 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
         1e-3, plan=gx.plan_by_shape(tree, kind="shared_blocks")
     ),
 }
+# Of weights and gradients in bfloat16.
+NARROW: dict[str, Callable[[Any], Any]] = {
+    "optax.adamw, bfloat16": lambda tree: optax.adamw(1e-3),
+    "gefen, fused, split weights": lambda tree: gx.with_split_weights(gx.fused_gefen(1e-3)),
+}
+ALL = OPTIMIZERS | NARROW
 BASELINE = "optax.adamw"
 TREES: dict[str, Callable[[], Any]] = {
     "one 16M leaf": lambda: {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)},
     "GPT-2 small, 148 leaves": gpt2_small,
 }
 ROUNDS, WARM_UP, COMPILES = 25, 4, 5
+
+
+def weights(name: str, tree: Any) -> Any:
+    """The weights of an optimizer, and its gradients, without values."""
+    dtype = jnp.bfloat16 if name in NARROW else jnp.float32
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
 
 
 def make_step(tx: optax.GradientTransformationExtraArgs | gx.FusedGefen) -> Callable[..., Any]:
@@ -67,16 +82,18 @@ def compile_seconds(tx: Any, tree: Any, times: int = COMPILES) -> tuple[list[flo
 def step_seconds(tree: Any) -> dict[str, tuple[list[float], list[float]]]:
     """Seconds (wall, CPU) of every round of every optimizer, taking turns."""
     keys = iter(jax.random.split(jax.random.key(0), 1000))
-    grads = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape, x.dtype), tree)
+    wide = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape, x.dtype), tree)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide)
     runs = {}
-    for name, make in OPTIMIZERS.items():
+    for name, make in ALL.items():
         tx = make(tree)
-        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights(name, tree))
         step = jax.jit(make_step(tx), donate_argnums=(0, 1))
         runs[name] = [step, params, jax.jit(tx.init)(params)]
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     for round_ in range(ROUNDS):
         for name, (step, params, opt_state) in runs.items():
+            grads = narrow if name in NARROW else wide
             start = time.perf_counter(), time.process_time()
             params, opt_state = jax.block_until_ready(step(params, opt_state, grads))
             if round_ >= WARM_UP:
@@ -88,9 +105,9 @@ def step_seconds(tree: Any) -> dict[str, tuple[list[float], list[float]]]:
 
 def temporaries(donate_gradients: bool) -> dict[str, float]:
     """Temporaries of a step on one 64M leaf, in float32 leaves, by the compiler's analysis."""
-    leaf = {"w": jax.ShapeDtypeStruct((8192, 8192), jnp.float32)}
     found = {}
-    for name, make in OPTIMIZERS.items():
+    for name, make in ALL.items():
+        leaf = weights(name, {"w": jax.ShapeDtypeStruct((8192, 8192), jnp.float32)})
         tx = make(leaf)
         donated = (0, 1, 2) if donate_gradients else (0, 1)
         with warnings.catch_warnings():
@@ -105,6 +122,17 @@ def temporaries(donate_gradients: bool) -> dict[str, float]:
     return found
 
 
+def traffic(tx: Any, tree: Any) -> float:
+    """Bytes per parameter that a step has to read and to write: all but the gradients is both."""
+
+    def nbytes(tree: Any) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    grads = nbytes(tree)
+    kept = nbytes((tree, jax.eval_shape(tx.init, tree)))
+    return (grads + 2 * kept) / sum(x.size for x in jax.tree.leaves(tree))
+
+
 def spread(values: list[float]) -> float:
     """Half the distance between the quartiles, relative to the median."""
     low, middle, high = statistics.quantiles(values, n=4)
@@ -114,7 +142,7 @@ def spread(values: list[float]) -> float:
 def main() -> None:
     """Runs everything, prints a table, writes `cpu_step.json`."""
     results: dict[str, Any] = {}
-    table = Table("", *(f"{name}, ratio" for name in OPTIMIZERS))
+    table = Table("", *(f"{name}, ratio" for name in ALL))
     for tree_name, make_tree in TREES.items():
         tree = make_tree()
         measured = {
@@ -122,29 +150,33 @@ def main() -> None:
             for name, s in step_seconds(tree).items()
         }
         compiled = {
-            name: dict(zip(("wall", "cpu"), compile_seconds(make(tree), tree), strict=True))
-            for name, make in OPTIMIZERS.items()
+            name: dict(zip(("wall", "cpu"), seconds, strict=True))
+            for name, make in ALL.items()
+            for seconds in [compile_seconds(make(tree), weights(name, tree))]
         }
         rows = {}
         for what, source in (("step", measured), ("compile", compiled)):
             for clock in ("wall", "cpu"):
-                medians = {name: statistics.median(source[name][clock]) for name in OPTIMIZERS}
+                medians = {name: statistics.median(source[name][clock]) for name in ALL}
                 rows[f"{what} {clock} s"] = {
                     **medians,
                     "ratio": {n: x / medians[BASELINE] for n, x in medians.items()},
-                    "spread": {name: spread(source[name][clock]) for name in OPTIMIZERS},
+                    "spread": {name: spread(source[name][clock]) for name in ALL},
                 }
         results[tree_name] = rows
         for row, numbers in rows.items():
             table.add_row(
                 f"{tree_name}: {row[:-2]}",
-                *(f"{1e3 * numbers[n]:.1f} ms, {numbers['ratio'][n]:.2f}" for n in OPTIMIZERS),
+                *(f"{1e3 * numbers[n]:.1f} ms, {numbers['ratio'][n]:.2f}" for n in ALL),
             )
+        moved = {name: traffic(make(tree), weights(name, tree)) for name, make in ALL.items()}
+        results[f"{tree_name}: traffic"] = moved
+        table.add_row(f"{tree_name}: traffic", *(f"{moved[name]:.2f} bytes" for name in ALL))
     for donated in (False, True):
         row = f"64M leaf: temporaries, gradients {'donated' if donated else 'kept'}"
         results[row] = temporaries(donated)
-        table.add_row(row, *(f"{results[row][name]:.4f} leaves" for name in OPTIMIZERS))
-    Console().print(table)
+        table.add_row(row, *(f"{results[row][name]:.4f} leaves" for name in ALL))
+    Console(width=160).print(table)
     write("cpu_step.json", "python examples/benchmarks/cpu_step.py", results)
 
 

@@ -137,7 +137,7 @@ def plot_gap(setups: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
     for axis, (setup, rows) in zip(axes[0], shown.items(), strict=True):
         axis.axhline(0, color="0.8")
         for comparison in _by_bytes(rows):
-            gap = comparison.difference or Paired(0.0, math.nan)
+            gap = comparison.difference or Paired(0.0, math.nan, 0)
             width = 0.0 if math.isnan(gap.half_width) else gap.half_width
             axis.errorbar(
                 comparison.bytes_per_parameter,

@@ -47,9 +47,13 @@ def plans() -> str:
 def cpu_step() -> str:
     """Time, compile time and temporaries beside adamw."""
     data = _load("cpu_step.json")
-    names = ("optax.adamw", "gefen", "gefen, fused", "gefen, shared blocks")
+    names = next(iter(data["results"].values()))["step wall s"]["ratio"]
     rows = []
     for tree, numbers in data["results"].items():
+        if tree.endswith(": traffic"):
+            cells = (f"{numbers[name]:.1f} bytes" for name in names)
+            rows.append([f"{tree[:-9]}: to read and write, per parameter", *cells, ""])
+            continue
         if "temporaries" in tree:
             rows.append([tree, *(f"{numbers[name]:.3f} leaves" for name in names), ""])
             continue

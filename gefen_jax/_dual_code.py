@@ -78,10 +78,10 @@ class DualCode:
         return direction_dual(g, new, self.block, step), new
 
     def fused(
-        self, weight: Any, g: Array, moments: Moments, step: Step, move: Move, offset: Array
+        self, weight: Any, g: Array, moments: Moments, step: Step, move: Move
     ) -> tuple[Any, Moments]:
         """One step that takes the weight along."""
-        fused = functools.partial(fused_dual, move=move, offset=offset)
+        fused = functools.partial(fused_dual, move=move)
         return in_best_form(fused, g, (weight, moments), self.block, step)
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:

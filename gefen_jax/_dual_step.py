@@ -48,6 +48,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from gefen_jax._blocks import (
+    Axis,
     Shape,
     flat_view,
     read_cut,
@@ -56,8 +57,8 @@ from gefen_jax._blocks import (
     spread,
     stats_shape,
 )
-from gefen_jax._chunks import PairedPiece, Pairs, map_pieces
-from gefen_jax._dither import dither, positions
+from gefen_jax._chunks import PairedPiece, Pairs, Route, map_pieces
+from gefen_jax._dither import Place, dither, positions, strides_at
 from gefen_jax._levels import Levels, level, round_to_level
 from gefen_jax._types import Decay, Moments, Move, Step
 
@@ -180,33 +181,29 @@ def advance_dual(
     block: Shape,
     step: Step,
     *,
-    offset: Any = 0,
     chunk: int | None = None,
 ) -> Moments:
     """Takes the gradient into the state.
 
-    The fractions that round are those of the positions from ``offset`` on, where the leaf is a part
-    of another one. With ``chunk``, the leaf is worked through in pieces of about so many elements,
-    in place: the same result, with temporaries of one piece.
+    With ``chunk``, the leaf is worked through in pieces of about so many elements, in place: the
+    same result, with temporaries of one piece.
     """
-    offset = jnp.asarray(offset, jnp.uint32)
     if chunk is None:
         layout = _blocked(g.shape, block)
         blocked, _ = split(g, block)
         parts = (
             _halves(x.reshape(blocked.shape), layout.paired)
-            for x in (g, state.mu, positions(g.shape) + offset)
+            for x in (g, state.mu, positions(g.shape, step.place))
         )
         g_halves, mu, position = parts
         scale, exponent = (split_stats(x, g.shape, block) for x in (state.scale, state.nu))
         new = _next(g_halves, Moments(mu, scale, exponent), position, layout, step)
         return _joined(new, state, layout)
-    view = flat_view(g.shape, block)
+    view, route = flat_view(g.shape, block), _route(g.shape, block, step.place)
 
     def in_piece(piece: PairedPiece, g: Pairs, state: Moments) -> Moments:
-        first, second = piece.positions(view)
         state = state._replace(mu=state.mu.halves)
-        new = _next(g.halves, state, (first + offset, second + offset), _PIECE, step)
+        new = _next(g.halves, state, _positions(piece, route, step), _PIECE, step)
         return new._replace(mu=piece.joined(new.mu))
 
     return map_pieces(in_piece, g, state, view, chunk, stretches=_stretches(block))
@@ -219,22 +216,19 @@ def fused_dual(
     step: Step,
     *,
     move: Move,
-    offset: Any = 0,
     chunk: int | None = None,
 ) -> tuple[Any, Moments]:
     """`advance_dual` and what ``move`` makes of the weight; ``both`` are it and the state."""
     weight, state = both
-    offset = jnp.asarray(offset, jnp.uint32)
     if chunk is None:
-        new = advance_dual(g, state, block, step, offset=offset)
+        new = advance_dual(g, state, block, step)
         direction = direction_dual(g, new, block, step)
-        return move(weight, direction, positions(g.shape) + offset, step), new
-    view = flat_view(g.shape, block)
+        return move(weight, direction, positions(g.shape, step.place), step), new
+    view, route = flat_view(g.shape, block), _route(g.shape, block, step.place)
 
     def in_piece(piece: PairedPiece, g: Pairs, both: tuple[Any, Moments]) -> Any:
         weight, state = both
-        first, second = piece.positions(view)
-        position = first + offset, second + offset
+        position = _positions(piece, route, step)
         new = _next(g.halves, state._replace(mu=state.mu.halves), position, _PIECE, step)
         # What a pair shares is computed once for both.
         nu = _nu_level(new.nu, _nu_code(*new.mu))
@@ -279,6 +273,32 @@ _PIECE = _Layout((1, 2), 2)
 
 def _stretches(block: Shape) -> int:
     return math.prod(block[: paired_axis(block)])
+
+
+def _route(shape: Shape, block: Shape, place: Place | None) -> Route:
+    """How the elements of paired pieces lie in the leaf that the array is, or has its place in."""
+    strides, paired, end = strides_at(shape, place), paired_axis(block), read_cut(shape, block).end
+    assert paired is not None, "checked when the plan was made"
+    blocks = Axis(
+        tuple(d // b for d, b in zip(shape, block, strict=True))[: end + 1],
+        tuple(s * b for s, b in zip(strides, block, strict=True))[: end + 1],
+    )
+    half = block[paired] // 2
+    axes = (
+        blocks,
+        Axis(block[:paired], strides[:paired]),
+        Axis((half, *block[paired + 1 :]), strides[paired:]),
+        Axis(shape[end + 1 :], strides[end + 1 :]),
+    )
+    return Route(axes if axes[-1].size > 1 else axes[:-1], half * strides[paired])
+
+
+def _positions(piece: PairedPiece, route: Route, step: Step) -> Halves:
+    """The row-major positions in the leaf of the two elements of every pair."""
+    first, second = piece.positions(route)
+    if step.place is None:
+        return first, second
+    return first + step.place.offset, second + step.place.offset
 
 
 def _stats_of_elements(state: Moments, block: Shape) -> tuple[Array, Array]:

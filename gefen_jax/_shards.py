@@ -51,17 +51,18 @@ class Shards(NamedTuple):
         def on_shard(leaf: Any, shared: Any, place: Place | None) -> Any:
             return function(leaf, shared, self._moved(place))
 
+        everywhere = PartitionSpec()
+        mapped = jax.shard_map(
+            on_shard,
+            mesh=self.mesh,
+            in_specs=(self.spec, everywhere, everywhere),
+            out_specs=self.spec,
+        )
         with jax.sharding.use_abstract_mesh(self.mesh):
             if AxisType.Explicit in self.mesh.axis_types:
                 leaf = jax.tree.map(lambda x: jax.sharding.reshard(x, self.spec), leaf)
-            everywhere = PartitionSpec()
-            mapped = jax.shard_map(
-                on_shard,
-                mesh=self.mesh,
-                in_specs=(self.spec, everywhere, everywhere),
-                out_specs=self.spec,
-            )
-            return mapped(leaf, shared, place)
+                return mapped(leaf, shared, place)
+            return _whole_under_vmap(mapped, function)(leaf, shared, place)
 
     def _moved(self, place: Place | None) -> Place:
         """The place of this device's shard."""
@@ -72,6 +73,21 @@ class Shards(NamedTuple):
                 index = jax.lax.axis_index(names).astype(jnp.uint32)
                 offset += index * np.uint32(size * stride & 0xFFFFFFFF)
         return Place(offset, strides)
+
+
+def _whole_under_vmap(mapped: Callable[..., Any], whole: Callable[..., Any]) -> Any:
+    """The first of two functions that do the same; under `jax.vmap` the second."""
+    either = jax.custom_batching.custom_vmap(mapped)
+
+    # The axis that is mapped over may be sharded, and on Auto axes nobody knows: `shard_map` would
+    # gather it.
+    @either.def_vmap
+    def _(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        result = jax.vmap(whole, in_axes=tuple(axes))(*args)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return either
 
 
 def shards_of(

@@ -112,7 +112,7 @@ def update_leaf(
         direction, new = kind.update(g, *_apart(moments, Step(**arrays, **static)))
         return direction.astype(g.dtype), new
 
-    def of_shard(leaf: tuple[Array, Moments], arrays: Any, place: Place) -> Any:
+    def of_shard(leaf: tuple[Array, Moments], arrays: Any, place: Place | None) -> Any:
         return update(*leaf, arrays | {"place": place})
 
     shards = shards_of(kind, partition, g, moments)

@@ -36,7 +36,7 @@ class Shards(NamedTuple):
 
     def map(
         self,
-        function: Callable[[Any, Any, Place], Any],
+        function: Callable[[Any, Any, Place | None], Any],
         leaf: Any,
         shared: Any,
         place: Place | None = None,

@@ -38,16 +38,17 @@ TREES: dict[str, Callable[[], Any]] = {
 NOTE = "Compiled ahead of time for 8 devices; nothing was run."
 
 
-def _whole(plan: gx.Plan) -> gx.Plan:
+def whole(plan: gx.Plan) -> gx.Plan:
+    """The plan without what it knows of a mesh."""
     leaves = tuple(dataclasses.replace(leaf, partition=None) for leaf in plan.leaves)
     return dataclasses.replace(plan, leaves=leaves)
 
 
 OPTIMIZERS: dict[str, Callable[[gx.Plan], Any]] = {
     "optax.adamw": lambda plan: optax.adamw(1e-3),
-    "gefen, whole leaves": lambda plan: gx.gefen(1e-3, plan=_whole(plan)),
+    "gefen, whole leaves": lambda plan: gx.gefen(1e-3, plan=whole(plan)),
     "gefen": lambda plan: gx.gefen(1e-3, plan=plan),
-    "gefen, fused, whole leaves": lambda plan: gx.fused_gefen(1e-3, plan=_whole(plan)),
+    "gefen, fused, whole leaves": lambda plan: gx.fused_gefen(1e-3, plan=whole(plan)),
     "gefen, fused": lambda plan: gx.fused_gefen(1e-3, plan=plan),
 }
 

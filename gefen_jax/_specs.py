@@ -28,8 +28,8 @@ class Partition(NamedTuple):
 
 
 def partition_of(sharding: NamedSharding | None) -> Partition | None:
-    """How arrays of this sharding are cut; None if it does not say."""
-    if sharding is None or PartitionSpec.UNCONSTRAINED in sharding.spec:
+    """How arrays of this sharding are cut; None if it is not known."""
+    if sharding is None:
         return None
     entries = list(sharding.spec)
     while entries and entries[-1] is None:

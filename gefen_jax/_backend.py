@@ -9,8 +9,10 @@ from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
 from gefen_jax._chunks import CHUNK
+from gefen_jax._dither import Place
 from gefen_jax._not_differentiable import not_differentiable
-from gefen_jax._specs import fitting_spec
+from gefen_jax._shards import shards_of
+from gefen_jax._specs import Partition, fitting_spec
 from gefen_jax._step import by_equal_runs
 from gefen_jax._types import Kind, Moments, Step
 
@@ -75,10 +77,11 @@ def in_best_form(
 ) -> Any:
     """``advance(g, state, block, step)`` in the form that is best on the device at hand.
 
-    A large leaf is worked through in pieces: on one CPU in such that fit in its cache, on one GPU
-    in large ones, so that temporaries are those of a piece, and by ``on_gpu`` if that is given.
-    Every mesh gets the whole-leaf form, as a loop over slices of a sharded axis would gather the
-    leaf; so do TPUs, where neither was measured.
+    A large leaf is worked through in pieces: on a CPU in such that fit in its cache, on a GPU in
+    large ones, so that temporaries are those of a piece, and by ``on_gpu`` if that is given. So is
+    what a device of a mesh has of it, in `Shards.map` or in anybody's `shard_map`. Outside of these
+    a mesh gets the whole-leaf form, as a loop over slices of a sharded axis would gather the leaf;
+    so do TPUs, where neither was measured.
     """
 
     def one_size(g: Array, state: Any, block: Shape) -> Any:
@@ -103,7 +106,14 @@ def in_best_form(
     return by_equal_runs(one_size, g, state, block)
 
 
-_TRACED = ("decay", "encoder", "levels", "phase", "rates")  # the fields of a Step that hold arrays
+_TRACED = (
+    "decay",
+    "encoder",
+    "levels",
+    "phase",
+    "rates",
+    "place",
+)  # the fields of a Step that hold arrays
 _TABLES = ("encoder", "levels")  # of them, those that are arrays of all leaves' kernels
 
 
@@ -112,19 +122,30 @@ def _named(arrays: Any) -> dict[str, Any]:
 
 
 def update_leaf(
-    kind: Kind, g: Array, moments: Moments, arrays: dict[str, Any], static: Any
+    kind: Kind,
+    partition: Partition | None,
+    g: Array,
+    moments: Moments,
+    arrays: dict[str, Any],
+    static: Any,
 ) -> tuple[Array, Moments]:
     """The update of a leaf, in the gradient's dtype, and its moments, on any mesh.
 
-    On a mesh with Explicit axes, where JAX refuses to split a sharded axis into blocks that cross
-    its shards, the compiler chooses the shardings inside. What has the leaf's shape comes out as
-    the gradient lies, statistics as they came in.
+    Where no block crosses shards every device steps its own. Else, on a mesh with Explicit axes,
+    where JAX refuses to split a sharded axis into such blocks, the compiler chooses the shardings
+    inside; what has the leaf's shape comes out as the gradient lies, statistics as they came in.
     """
 
     def update(g: Array, moments: Moments, arrays: dict[str, Any]) -> tuple[Array, Moments]:
         direction, new = kind.update(g, *_with_tables_apart(moments, Step(**arrays, **static)))
         return direction.astype(g.dtype), new
 
+    def of_shard(leaf: tuple[Array, Moments], arrays: Any, place: Place | None) -> Any:
+        return update(*leaf, arrays | {"place": place})
+
+    shards = shards_of(kind, partition, g, moments)
+    if shards is not None:
+        return shards.map(of_shard, (g, moments), arrays)
     mesh = jax.typeof(g).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
         return update(g, moments, arrays)
@@ -161,13 +182,14 @@ _NO_DERIVATIVE = (
 
 
 def apart(tree: Any) -> Any:
-    """The same; on a GPU, so that no kernel computes the directions of several leaves.
+    """The same, so that no kernel of a GPU computes the directions of several leaves.
 
     XLA makes one of leaves of one shape that read one table, and all that such a kernel reads is
     kept until then: temporaries of all leaves, instead of those of the largest.
     """
-    barriers = dict.fromkeys(_GPUS, jax.lax.optimization_barrier)
-    return jax.lax.platform_dependent(tree, **barriers, default=lambda x: x)
+    # On a CPU it changes neither temporaries nor time; a branch of a GPU's own would give results
+    # of another type than the others under `shard_map`.
+    return jax.lax.optimization_barrier(tree)
 
 
 def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
@@ -177,5 +199,5 @@ def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
 
 def _on_a_mesh(x: Array) -> bool:
     """Whether an array is spread over several devices, as far as tracing can know."""
-    mesh = getattr(jax.typeof(x).sharding, "mesh", None)
-    return mesh is not None and mesh.size > 1
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual}

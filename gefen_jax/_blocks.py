@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, UInt32
 
 Shape = tuple[int, ...]
 
@@ -46,6 +47,41 @@ class FlatView(NamedTuple):
     def stats_shape(self) -> tuple[int, ...]:
         """Statistics', without the period: a 1 in its place would cost copies too."""
         return (self.blocks,) + self.shape[2:]
+
+
+class Axis(NamedTuple):
+    """Some axes of a leaf as one; what is at hand of the leaf may be a part, with gaps between."""
+
+    sizes: Shape
+    strides: Shape  # how far apart neighbours along each are in the leaf
+
+    @property
+    def size(self) -> int:
+        """Elements along the axis."""
+        return math.prod(self.sizes)
+
+    def distances(self, index: UInt32[Array, "n"]) -> UInt32[Array, "n"]:
+        """How far from its first element those at these indices are."""
+        steps: list[tuple[int, int]] = []
+        for size, stride in zip(self.sizes, self.strides, strict=True):
+            if size == 1:
+                continue
+            # Two axes with no gap between them are one.
+            if steps and steps[-1][1] == size * stride:
+                size *= steps.pop()[0]
+            steps.append((size, stride))
+        total = jnp.zeros_like(index)
+        while steps:
+            size, stride = steps.pop()
+            # The slowest has what is left of the index: no division where nothing has a gap.
+            index, here = jnp.divmod(index, np.uint32(size)) if steps else (index, index)
+            total += here * np.uint32(stride & 0xFFFFFFFF)
+        return total
+
+
+def row_major(shape: Shape) -> Shape:
+    """How far apart neighbours along every axis are in a row-major array of this shape."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def block_size(block: Shape) -> int:
@@ -99,6 +135,12 @@ def flat_view(shape: Shape, block: Shape) -> FlatView:
 def runs_divide(shape: Shape, block: Shape) -> bool:
     """Whether all blocks of a leaf have the same size."""
     return all(d % b == 0 for d, b in zip(shape, block, strict=True))
+
+
+def fits_shards(shape: Shape, block: Shape, local: Shape) -> bool:
+    """Whether no block of a leaf crosses shards of the shape ``local``."""
+    # Along an axis that is not cut the last run may be shorter.
+    return all(s == d or s % b == 0 for d, s, b in zip(shape, local, block, strict=True))
 
 
 def equal_parts(shape: Shape, block: Shape) -> list[tuple[int, int, Shape]]:

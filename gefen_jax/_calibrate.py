@@ -11,7 +11,6 @@ from jax.sharding import AbstractMesh, Mesh
 
 from gefen_jax import _codebook
 from gefen_jax._axis_rule import choose_block, find_evidence
-from gefen_jax._blocks import Shape
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._candidates import (
     block_by_shape,
@@ -26,7 +25,7 @@ from gefen_jax._paths import LeafSpec, leaf_spec, named_leaves
 from gefen_jax._period import find_period, scale_group
 from gefen_jax._plan import LeafPlan, Plan
 from gefen_jax._shared_blocks import SharedBlocks
-from gefen_jax._specs import shard_shapes
+from gefen_jax._specs import Share, shares
 from gefen_jax._types import Kind
 
 
@@ -92,7 +91,7 @@ def calibrate(
         raise ValueError(f'`rule` must be "axis" or "reference", got {rule!r}')
     leaves = _matched(params, grads)
     if rule == "axis":
-        plans = _axis_leaves(leaves, _shards(leaves, params, specs, mesh))
+        plans = _axis_leaves(leaves, _shares(leaves, params, specs, mesh))
     else:
         plans = _reference_leaves(leaves)
     histogram = np.zeros(HISTOGRAM_BINS, np.int64)
@@ -108,14 +107,14 @@ def calibrate(
     return Plan(tuple(plans), tuple(np.asarray(codebook).tolist()), reason, rule)
 
 
-def _shards(leaves: list[_Leaf], params: Any, specs: Any, mesh: Any) -> dict[str, Shape]:
+def _shares(leaves: list[_Leaf], params: Any, specs: Any, mesh: Any) -> dict[str, Share]:
     """What a device will hold of every leaf."""
-    shards = shard_shapes(params, specs, mesh)
+    held = shares(params, specs, mesh)
     if specs is None:
         for spec, grads in leaves:
-            if grads and shards[spec.path] == spec.shape:
-                shards |= {spec.path: shard_shapes(grads[0], None, mesh)["."]}
-    return shards
+            if grads and held[spec.path].shape == spec.shape:
+                held |= {spec.path: shares(grads[0], None, mesh)["."]}
+    return held
 
 
 def _count(kind: Kind, g: Any) -> np.ndarray | int:
@@ -192,11 +191,11 @@ def _not_finite(path: str) -> ValueError:
     )
 
 
-def _axis_leaves(leaves: list[_Leaf], shards: dict[str, Shape]) -> list[LeafPlan]:
+def _axis_leaves(leaves: list[_Leaf], held: dict[str, Share]) -> list[LeafPlan]:
     decided = decided_by_size([leaf.spec for leaf in leaves])
     plans = []
     for spec, grads in leaves:
-        local = shards[spec.path]
+        local, partition = held[spec.path]
         without_blocks = decided.get(spec.path) or exact_if_none_fits(spec.shape, local)
         if without_blocks is not None:
             kind, reason = without_blocks
@@ -212,7 +211,7 @@ def _axis_leaves(leaves: list[_Leaf], shards: dict[str, Shape]) -> list[LeafPlan
                 raise _not_finite(spec.path)
             block, reason = choose_block(spec.shape, blocks, evidence, local)
             kind = SharedBlocks(block)
-        plans.append(LeafPlan(spec.path, spec.shape, kind, reason))
+        plans.append(LeafPlan(spec.path, spec.shape, kind, reason, partition))
     return plans
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from gefen_jax._blocks import FlatView
+from gefen_jax._blocks import Axis, FlatView
 
 # Elements of a piece: its few float32 intermediates fit in a CPU's second-level cache.
 CHUNK = 1 << 18
@@ -80,6 +80,13 @@ class Pairs(NamedTuple):
 
     halves: tuple[Array, Array]  # [blocks, stretches, half, inner]
     both: Array  # [blocks * stretches, 2, half, inner]
+
+
+class Route(NamedTuple):
+    """How far apart in a leaf the elements of its paired pieces are."""
+
+    axes: tuple[Axis, ...]  # blocks, stretches, halves, and the inner one if there is one
+    second: int  # from an element to the other of its pair
 
 
 class PairedPiece(NamedTuple):
@@ -157,23 +164,23 @@ class PairedPiece(NamedTuple):
         """The statistics with this piece replaced."""
         return self.piece.write_stats(x, jnp.squeeze(value, 1))
 
-    def positions(self, view: FlatView) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
-        """The row-major positions in the leaf of the first and the second elements."""
+    def positions(self, route: Route) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+        """The row-major positions of the first and the second elements, from the leaf's start."""
         # Added up from one vector per axis: whole arrays of indices, the same at every turn, would
         # be stored in front of the loop.
-        piece, half = self.piece, view.period // self.number // 2
-        axes = (
-            (piece.row, piece.rows, view.period * view.inner),
-            (0, self.number, 2 * half * view.inner),
-            (0, half, view.inner),
-            (piece.column, piece.columns, 1),
-        )[: 1 + len(view.shape)]
-        total = jnp.zeros((1,) * len(axes), jnp.uint32)
-        for axis, (start, size, stride) in enumerate(axes):
+        piece, half = self.piece, route.axes[2].size
+        parts = (
+            (piece.row, piece.rows),
+            (0, self.number),
+            (0, half),
+            (piece.column, piece.columns),
+        )
+        total = jnp.zeros((1,) * len(route.axes), jnp.uint32)
+        for i, (axis, (start, size)) in enumerate(zip(route.axes, parts, strict=False)):
             index = start + jnp.arange(size, dtype=jnp.uint32)
-            others = tuple(i for i in range(len(axes)) if i != axis)
-            total += jnp.expand_dims(index * np.uint32(stride & 0xFFFFFFFF), others)
-        return total, total + np.uint32(half * view.inner & 0xFFFFFFFF)
+            others = tuple(j for j in range(len(route.axes)) if j != i)
+            total += jnp.expand_dims(axis.distances(index), others)
+        return total, total + np.uint32(route.second & 0xFFFFFFFF)
 
     def _shared_start(self, x: Array, entry: int) -> tuple[Any, ...]:
         row = self.piece.row * np.uint32(self.number)

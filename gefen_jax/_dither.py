@@ -11,19 +11,23 @@ random walk (what that gave: `examples/benchmarks/research.md`).
 
 Leaf, step and row-major position decide the fraction alone (in a leaf whose last run is shorter,
 that run counts from 0 again). So training resumes bit for bit, and a mesh, or a loop over pieces,
-sees what one device sees. The hash is the 32-bit finaliser "lowbias32" (Chris Wellons, `Hash
-Prospector <https://github.com/skeeto/hash-prospector>`_, 2018) but for its last shift: only high
-bits of its result are used. Additive recurrences: Weyl 1916.
+sees what one device sees: a part of a leaf is stepped with its `Place`. The hash is the 32-bit
+finaliser "lowbias32" (Chris Wellons, `Hash Prospector <https://github.com/skeeto/hash-prospector>`_,
+2018) but for its last shift: only high bits of its result are used. Additive recurrences: Weyl
+1916.
 """
 
-import math
+import dataclasses
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
+
+from gefen_jax._blocks import Shape, row_major
 
 _GOLDEN = np.uint32(0x9E3779B9)  # (sqrt(5) - 1) / 2, in units of 2^-32
 _MIX1, _MIX2, _MIX3 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B), np.uint32(0x9C8F2D35)
@@ -49,11 +53,25 @@ def dither(
     return word + phase[1], (word ^ (word >> 16)) * _MIX3 + phase[1]
 
 
-def positions(shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
-    """The row-major position of every element."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a part of a leaf lies in the whole one: a layer, or what one device has of it."""
+
+    offset: Any  # uint32: the row-major position of its first element
+    strides: Shape = dataclasses.field(metadata={"static": True})  # the whole leaf's
+
+
+def strides_at(shape: Shape, place: Place | None) -> Shape:
+    """How far apart in its leaf neighbours of an array are; without a place it is the leaf."""
+    return row_major(shape) if place is None else place.strides
+
+
+def positions(shape: Shape, place: Place | None = None) -> UInt32[Array, "*shape"]:
+    """The row-major position in its leaf of every element."""
     total = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):
-        stride = np.uint32(math.prod(shape[axis + 1 :]) & 0xFFFFFFFF)
+    for axis, (size, stride) in enumerate(zip(shape, strides_at(shape, place), strict=True)):
         if size > 1:
-            total += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-    return total
+            index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+            total += index * np.uint32(stride & 0xFFFFFFFF)
+    return total if place is None else total + place.offset

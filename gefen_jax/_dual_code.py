@@ -81,12 +81,12 @@ class DualCode:
         return direction_dual(g, new, self.block, step, self._packing), new
 
     def fused(
-        self, weight: Any, g: Array, moments: Moments, step: Step, move: Move, offset: Array
+        self, weight: Any, g: Array, moments: Moments, step: Step, move: Move
     ) -> tuple[Any, Moments]:
         """One step that takes the weight along."""
         if (kernel := kernel_of(self.name, g, step.backend)) is not None:
-            return kernel.fused(weight, g, moments, self.block, step, move, offset)
-        fused = functools.partial(fused_dual, packing=self._packing, move=move, offset=offset)
+            return kernel.fused(weight, g, moments, self.block, step, move)
+        fused = functools.partial(fused_dual, packing=self._packing, move=move)
         return in_best_form(fused, g, (weight, moments), self.block, step)
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:

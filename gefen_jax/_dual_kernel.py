@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 import pallas_kernels
-from gefen_jax._blocks import Shape, flat_view
+from gefen_jax._blocks import Shape, flat_view, row_major
 from gefen_jax._pairs import stretches
 from gefen_jax._types import Moments, Move, Step, Weight
 from pallas_kernels import DualLayout, DualScalars, DualStepResult, SplitWeight
@@ -20,7 +20,7 @@ def update(g: Array, moments: Moments, block: Shape, step: Step) -> tuple[Array,
 
 
 def fused(
-    weight: Weight, g: Array, moments: Moments, block: Shape, step: Step, move: Move, offset: Array
+    weight: Weight, g: Array, moments: Moments, block: Shape, step: Step, move: Move
 ) -> tuple[Weight, Moments]:
     """One step that takes the weight along."""
     rates, split = step.rates, None
@@ -31,7 +31,6 @@ def fused(
     if move.rounding is not None:
         split = SplitWeight(weight.low, move.phase if move.rounding.stochastic else None)
     others = {
-        "offset": offset,
         "gradient_factor": factor,
         "param": weight.high,
         "split": split,
@@ -47,11 +46,28 @@ def _moments(result: DualStepResult) -> Moments:
 
 
 def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -> DualStepResult:
+    offset: Any = 0
+    if step.place is not None:
+        offset = step.place.offset
+        if step.place.strides != row_major(g.shape):
+            raise NotImplementedError(
+                "`backend` 'triton' takes parts of a leaf that lie in one piece, found one of"
+                f" {g.shape} whose axes are {step.place.strides} elements apart: cut the leaf along"
+                " its first axis only, or use None or 'xla'"
+            )
     view, number = flat_view(g.shape, block), stretches(block)
     layout = DualLayout(view.blocks, number, view.period // number // 2, view.inner)
 
     def launch(interpret: bool) -> Any:
-        def run(g: Array, moments: Moments, decay: Any, codebook: Array, phase: Array, others: Any):
+        def run(
+            g: Array,
+            moments: Moments,
+            decay: Any,
+            codebook: Array,
+            phase: Array,
+            offset: Any,
+            others: Any,
+        ):
             return pallas_kernels.dual_step(
                 g,
                 *moments,
@@ -59,6 +75,7 @@ def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -
                 scalars=DualScalars(*decay),
                 codebook=codebook,
                 phase=phase,
+                offset=offset,
                 nesterov=step.nesterov,
                 interpret=interpret,
                 **others,
@@ -67,5 +84,5 @@ def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -
         return run
 
     # Without a default: for other devices JAX raises when it lowers.
-    args = g, moments, step.decay, step.levels.codebook, step.phase, others
+    args = g, moments, step.decay, step.levels.codebook, step.phase, offset, others
     return jax.lax.platform_dependent(*args, cuda=launch(False), cpu=launch(True))

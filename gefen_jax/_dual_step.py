@@ -42,12 +42,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from gefen_jax._blocks import Shape, flat_view, split
-from gefen_jax._chunks import PairedPiece, Pairs, map_pieces
-from gefen_jax._dither import dither, positions
+from gefen_jax._chunks import PairedPiece, Pairs, Route, map_pieces
+from gefen_jax._dither import dither, positions, strides_at
 from gefen_jax._levels import Levels, level, round_to_level
 from gefen_jax._nu_levels import NEAREST, nu_level, round_nu
 from gefen_jax._packing import Codes, Packing
-from gefen_jax._pairs import Halves, Layout, blocked, halves, stretches
+from gefen_jax._pairs import Halves, Layout, blocked, halves, route, stretches
 from gefen_jax._types import Decay, Moments, Move, Step
 
 
@@ -127,28 +127,24 @@ def advance_dual(
     step: Step,
     *,
     packing: Packing,
-    offset: Any = 0,
     chunk: int | None = None,
 ) -> Moments:
     """Takes the gradient into the state.
 
-    The fractions that round are those of the positions from ``offset`` on, where the leaf is a part
-    of another one. With ``chunk``, the leaf is worked through in pieces of about so many elements,
-    in place: the same result, with temporaries of one piece.
+    With ``chunk``, the leaf is worked through in pieces of about so many elements, in place: the
+    same result, with temporaries of one piece.
     """
-    offset = jnp.asarray(offset, jnp.uint32)
     if chunk is None:
         layout, parts = blocked(g.shape, block), split(g, block)[0].shape
-        of_elements = (g, state.mu, positions(g.shape) + offset)
+        of_elements = (g, state.mu, positions(g.shape, step.place))
         g_halves, mu, position = (halves(x.reshape(parts), layout.paired) for x in of_elements)
         old = packing.in_blocks(state, g.shape, block)._replace(mu=mu)
         return _joined(_next(g_halves, old, position, layout.inside, step, packing), state, layout)
-    view = flat_view(g.shape, block)
+    view, way = flat_view(g.shape, block), route(block, g.shape, strides_at(g.shape, step.place))
 
     def in_piece(piece: PairedPiece, g: Pairs, state: Moments) -> Moments:
-        first, second = piece.positions(view)
         state = state._replace(mu=state.mu.halves)
-        position = first + offset, second + offset
+        position = _positions(piece, way, step)
         new = _next(g.halves, state, position, _PIECE.inside, step, packing)
         return new._replace(mu=piece.joined(new.mu))
 
@@ -163,22 +159,19 @@ def fused_dual(
     *,
     packing: Packing,
     move: Move,
-    offset: Any = 0,
     chunk: int | None = None,
 ) -> tuple[Any, Moments]:
     """`advance_dual` and what ``move`` makes of the weight; ``both`` are it and the state."""
     weight, state = both
-    offset = jnp.asarray(offset, jnp.uint32)
     if chunk is None:
-        new = advance_dual(g, state, block, step, packing=packing, offset=offset)
+        new = advance_dual(g, state, block, step, packing=packing)
         direction = direction_dual(g, new, block, step, packing)
-        return move(weight, direction, positions(g.shape) + offset, step), new
-    view = flat_view(g.shape, block)
+        return move(weight, direction, positions(g.shape, step.place), step), new
+    view, way = flat_view(g.shape, block), route(block, g.shape, strides_at(g.shape, step.place))
 
     def in_piece(piece: PairedPiece, g: Pairs, both: tuple[Any, Moments]) -> Any:
         weight, state = both
-        first, second = piece.positions(view)
-        position = first + offset, second + offset
+        position = _positions(piece, way, step)
         state = state._replace(mu=state.mu.halves)
         new = _next(g.halves, state, position, _PIECE.inside, step, packing)
         read = packing.unpack(new)
@@ -222,6 +215,14 @@ def _each(weight: Any, part: Callable[[Pairs], Array]) -> Any:
 
 # A piece has blocks, stretches of each that are halved for themselves, and their elements.
 _PIECE = Layout((1, 2), 2)
+
+
+def _positions(piece: PairedPiece, way: Route, step: Step) -> Halves:
+    """The row-major positions in the leaf of the two elements of every pair."""
+    first, second = piece.positions(way)
+    if step.place is None:
+        return first, second
+    return first + step.place.offset, second + step.place.offset
 
 
 def _stats_of_elements(state: Moments, block: Shape, packing: Packing) -> tuple[Array, Array]:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 from gefen_jax._backend import laid_out_like
-from gefen_jax._dither import dither, positions
+from gefen_jax._dither import Place, dither, positions
 from gefen_jax._release_part import Part
+from gefen_jax._shards import shards_of
 from gefen_jax._split import advance, merge
 from gefen_jax._transform import (
     LeafStep,
@@ -25,47 +26,34 @@ from gefen_jax._transform import (
     check_parameter,
     step_leaves,
 )
-from gefen_jax._types import FusedKind, Kind, Moments, Rates, Rounding, Step, Weight
-
-
-class Place(NamedTuple):
-    """What rounding depends on beside the leaf's name and the step."""
-
-    offset: UInt32[Array, ""]  # the row-major position of the first element in the whole leaf
-    phase: UInt32[Array, "two"] | None  # of the weight's dither; None where none is split
+from gefen_jax._types import FusedKind, Moments, Rates, Rounding, Step, Weight
 
 
 @functools.partial(
-    jax.jit, static_argnames=("kind", "rounding", "nesterov", "exact_lookup", "backend")
+    jax.jit,
+    static_argnames=("kind", "partition", "rounding", "nesterov", "exact_lookup", "backend"),
 )
-def _step_jitted(g, weight, moments, arrays, place, *, kind, rounding, **static):
+def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, rounding, **static):
     """The new weight and moments; jitted so that leaves of equal shape are traced once.
 
-    ``arrays`` and ``static`` are the fields of a `Step`; ``rounding`` is None for a parameter that
-    is not split.
+    ``arrays`` and ``static`` are the fields of a `Step`; ``phase``, of the weight's dither, and
+    ``rounding`` are None for a parameter that is not split; ``place`` is that of a layer.
     """
 
-    def step_here(g: Array, weight: Weight, moments: Moments, arrays: Any, place: Place) -> Any:
-        step = Step(**arrays, **static)
-        return _step_leaf(g, (weight, moments), step, place, kind, rounding)
+    def step_here(leaf: Any, shared: Any, place: Place | None) -> tuple[Weight, Moments]:
+        (weight, g, moments), (arrays, phase) = leaf, shared
 
-    return laid_out_like(weight.high, step_here, g, weight, moments, arrays, place)
+        move, step = _Move(rounding, phase), Step(**arrays, **static, place=place)
+        if isinstance(kind, FusedKind):
+            return kind.fused(weight, g, moments, step, move)
+        direction, new = kind.update(g, moments, step)
+        return move(weight, direction, positions(g.shape, step.place), step), new
 
-
-def _step_leaf(
-    g: Array,
-    both: tuple[Weight, Moments],
-    step: Step,
-    place: Place,
-    kind: Kind,
-    rounding: Rounding | None,
-) -> tuple[Weight, Moments]:
-    weight, moments = both
-    move = _Move(rounding, place.phase)
-    if isinstance(kind, FusedKind):
-        return kind.fused(weight, g, moments, step, move, place.offset)
-    direction, new = kind.update(g, moments, step)
-    return move(weight, direction, positions(g.shape) + place.offset, step), new
+    shards = shards_of(kind, partition, weight.high, moments)
+    args = (weight, g, moments), (arrays, phase), place
+    if shards is not None:
+        return shards.map(step_here, *args)
+    return laid_out_like(weight.high, step_here, *args)
 
 
 class _Move(NamedTuple):
@@ -114,12 +102,14 @@ def step_part(
         check_parameter(leaf.spec, p)
         low = part.lows.get(path)
         weight, new = _step_jitted(
-            leaf.g,
             Weight(p, None if low is None else low.correction),
+            leaf.g,
             leaf.moments,
             leaf.arrays | {"rates": rates[leaf.number]},
-            Place(part.offset(leaf.spec.shape), None if low is None else low.phase),
+            None if low is None else low.phase,
+            part.place(leaf.spec.shape),
             kind=leaf.kind,
+            partition=leaf.partition,
             rounding=None if low is None else Rounding(low.bits, low.stochastic),
             **leaf.static,
         )

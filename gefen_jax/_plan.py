@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from gefen_jax._blocks import Shape
+from gefen_jax._blocks import Shape, fits_shards
 from gefen_jax._constants import CODES, LEVELS
 from gefen_jax._encoder import lookup_is_exact
 from gefen_jax._flat_periods import FlatPeriods
 from gefen_jax._kinds import KINDS
 from gefen_jax._paths import LeafSpec, param_specs
-from gefen_jax._specs import shard_shapes
+from gefen_jax._specs import Partition, shares
 from gefen_jax._types import Kind
 from gefen_jax._untrained import Untrained
 
@@ -30,12 +30,17 @@ VERSION = 2  # 1 differs in the dual code, whose bytes were laid out in another 
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-    """One leaf's entry: its path and shape, the kind of its state, and why that kind."""
+    """One leaf's entry: its path and shape, the kind of its state, and why that kind.
+
+    The ``partition`` says how the leaf lies on the mesh that the plan was made for, if it was made
+    for one: its axes and their sizes, and the entries of the leaf's `jax.sharding.PartitionSpec`.
+    """
 
     path: str
     shape: Shape
     kind: Kind
     reason: str
+    partition: Partition | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(operator.index(d) for d in self.shape))
@@ -156,6 +161,11 @@ class Plan:
             kinds[spec.path] = leaf.kind
         return kinds
 
+    def partition(self, path: str) -> Partition | None:
+        """How a leaf lies on a mesh, if it is known."""
+        leaf = self._by_path.get(path)
+        return None if leaf is None else leaf.partition
+
     def with_kind(self, pattern: str, kind: Kind) -> "Plan":
         """A plan in which the leaves whose path matches a shell pattern have another kind.
 
@@ -213,6 +223,7 @@ class Plan:
                     "kind": leaf.kind.name,
                     **dataclasses.asdict(leaf.kind),  # pyright: ignore[reportArgumentType] (Protocol)
                     "reason": leaf.reason,
+                    **({} if leaf.partition is None else leaf.partition._asdict()),
                 }
             )
             for leaf in self.leaves
@@ -299,11 +310,11 @@ class Plan:
           {}
         """
         leaves = param_specs(params)
-        kinds, shards = self.kinds(leaves), shard_shapes(params, specs, mesh)
+        kinds, held = self.kinds(leaves), shares(params, specs, mesh)
         return {
-            path: f"blocks of {kinds[path].describe()} cross shards of {shards[path]}"
+            path: f"blocks of {kinds[path].describe()} cross shards of {held[path].shape}"
             for path, shape, _ in leaves
-            if not _fits(kinds[path], shape, shards[path])
+            if not _fits(kinds[path], shape, held[path].shape)
         }
 
     @classmethod
@@ -340,16 +351,21 @@ def _fits(kind: Kind, shape: Shape, local: Shape) -> bool:
     """Whether no block of a leaf crosses shards of the shape ``local``."""
     if isinstance(kind, FlatPeriods):
         return local == shape  # its runs go over all axes
-    # Along an axis that is not cut the last run may be shorter.
-    block = kind.scale_block or (1,) * len(shape)
-    return all(s == d or s % b == 0 for d, s, b in zip(shape, local, block, strict=True))
+    return fits_shards(shape, kind.scale_block or (1,) * len(shape), local)
 
 
 def _read_leaf(data: dict[str, Any]) -> LeafPlan:
     data = dict(data)
     path, shape, reason = data.pop("path"), tuple(data.pop("shape")), data.pop("reason")
-    name = data.pop("kind")
+    name, mesh, spec = data.pop("kind"), data.pop("mesh", None), data.pop("spec", None)
     if name not in KINDS:
         raise ValueError(f"`{path}` has the unknown kind {name!r}")
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return LeafPlan(path, shape, KINDS[name](**fields), reason)
+    fields = {k: _as_tuple(v) for k, v in data.items()}
+    partition = None
+    if mesh is not None:
+        partition = Partition(tuple(map(_as_tuple, mesh)), tuple(map(_as_tuple, spec)))
+    return LeafPlan(path, shape, KINDS[name](**fields), reason, partition)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -10,7 +10,7 @@ from gefen_jax._builtin import builtin_codebook
 from gefen_jax._candidates import KINDS_BY_SHAPE, kinds_by_shape
 from gefen_jax._paths import LeafSpec, param_specs
 from gefen_jax._plan import LeafPlan, Plan
-from gefen_jax._specs import shard_shapes
+from gefen_jax._specs import shares
 
 
 def _axes_by_path(specs: list[LeafSpec], pair_axis: Mapping[str, int]) -> dict[str, int]:
@@ -89,7 +89,7 @@ def plan_by_shape(
     if kind not in KINDS_BY_SHAPE:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS_BY_SHAPE)}, got {kind!r}")
     named = param_specs(params)
-    pair_axes, shards = _axes_by_path(named, pair_axis or {}), shard_shapes(params, specs, mesh)
-    kinds = kinds_by_shape(named, kind, pair_axes, shards)
-    leaves = tuple(LeafPlan(s.path, s.shape, *kinds[s.path]) for s in named)
-    return Plan(leaves, builtin_codebook(), "built in", "shape")
+    pair_axes, held = _axes_by_path(named, pair_axis or {}), shares(params, specs, mesh)
+    kinds = kinds_by_shape(named, kind, pair_axes, {k: x.shape for k, x in held.items()})
+    leaves = (LeafPlan(s.path, s.shape, *kinds[s.path], held[s.path].partition) for s in named)
+    return Plan(tuple(leaves), builtin_codebook(), "built in", "shape")

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, UInt32
 
+from gefen_jax._blocks import row_major
+from gefen_jax._dither import Place
 from gefen_jax._paths import path_name
 from gefen_jax._types import Kind
 
@@ -38,12 +40,12 @@ class Part(NamedTuple):
     layer: Any = None  # which one of stacked leaves; None where leaves are whole
     lows: Mapping[str, Low] = {}  # by path, of weights that are split
 
-    def offset(self, shape: tuple[int, ...]) -> UInt32[Array, ""]:
-        """The row-major position in its leaf of the first element of a layer of this shape."""
+    def place(self, shape: tuple[int, ...]) -> Place | None:
+        """The place in its leaf of a layer of this shape; None where leaves are whole."""
         if self.layer is None:
-            return jnp.zeros([], jnp.uint32)
+            return None
         size = jnp.uint32(math.prod(shape) & 0xFFFFFFFF)
-        return jnp.asarray(self.layer).astype(jnp.uint32) * size
+        return Place(jnp.asarray(self.layer).astype(jnp.uint32) * size, row_major(shape))
 
 
 class Choice(NamedTuple):

@@ -1,7 +1,7 @@
 """Where parameters lie on a mesh, and arrays that belong to them: statistics of their blocks."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,31 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from gefen_jax._blocks import Shape
 from gefen_jax._paths import path_name
+
+
+class Partition(NamedTuple):
+    """How an array is cut over a mesh, as plain data."""
+
+    mesh: tuple[tuple[str, int], ...]  # names and sizes of its axes
+    # The entries of the PartitionSpec, without the Nones at its end.
+    spec: tuple[str | tuple[str, ...] | None, ...]
+
+    def local(self, shape: Shape, mesh: Mesh | AbstractMesh) -> Shape | None:
+        """What a device has of an array of this shape; None on another mesh, or if uneven."""
+        spec = PartitionSpec(*self.spec)
+        if self.mesh != tuple(mesh.shape.items()) or fitting_spec(spec, shape, mesh) != spec:
+            return None
+        return NamedSharding(mesh, spec).shard_shape(shape)
+
+
+def partition_of(sharding: NamedSharding | None) -> Partition | None:
+    """How arrays of this sharding are cut; None if it is not known."""
+    if sharding is None:
+        return None
+    entries = list(sharding.spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return Partition(tuple(sharding.mesh.shape.items()), tuple(entries))
 
 
 def fitting_spec(spec: PartitionSpec, shape: Shape, mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -56,14 +81,24 @@ def shardings(
     return on_mesh
 
 
-def shard_shapes(
+class Share(NamedTuple):
+    """What a device has of a parameter, and how it is cut; all of it where no mesh is known."""
+
+    shape: Shape
+    partition: Partition | None
+
+
+def shares(
     params: Any, specs: Any = None, mesh: Mesh | AbstractMesh | None = None
-) -> dict[str, Shape]:
-    """What a device holds of every parameter, by path: its own shape where no sharding is known."""
+) -> dict[str, Share]:
+    """What a device has of every parameter, by path."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     found = shardings(params, specs, mesh)
     return {
-        path_name(path): jnp.shape(x) if sharding is None else sharding.shard_shape(jnp.shape(x))
+        path_name(path): Share(
+            jnp.shape(x) if sharding is None else sharding.shard_shape(jnp.shape(x)),
+            partition_of(sharding),
+        )
         for (path, x), sharding in zip(flat, found, strict=True)
     }
 

@@ -22,6 +22,7 @@ from gefen_jax._encoder import lookup_is_exact, make_encoder
 from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
 from gefen_jax._plan import Plan
+from gefen_jax._specs import Partition
 from gefen_jax._types import Decay, Kind, Moments
 
 
@@ -62,10 +63,13 @@ def decay_at(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
     return Decay(b1, b2, 1 - b1, 1 - b2, eps, eps_root, *corrections)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "nesterov", "exact_lookup", "backend"))
-def _update_leaf(g, moments, arrays, *, kind, **static):
+_STATIC = ("kind", "partition", "nesterov", "exact_lookup", "backend")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _update_leaf(g, moments, arrays, *, kind, partition, **static):
     """One leaf. Jitted so that leaves of equal shape are traced and lowered once."""
-    return update_leaf(kind, g, moments, arrays, static)
+    return update_leaf(kind, partition, g, moments, arrays, static)
 
 
 class Recipe(NamedTuple):
@@ -245,7 +249,8 @@ def scale_by_gefen(
 
         def visit(leaf: LeafStep) -> Moments:
             args = leaf.g, leaf.moments, leaf.arrays
-            leaves[leaf.number], new = _update_leaf(*args, kind=leaf.kind, **leaf.static)
+            about = {"kind": leaf.kind, "partition": leaf.partition, **leaf.static}
+            leaves[leaf.number], new = _update_leaf(*args, **about)
             return new
 
         new_state = step_leaves(recipe, updates, state, visit)
@@ -260,6 +265,7 @@ class LeafStep(NamedTuple):
     number: int  # among the leaves of the gradients
     spec: LeafSpec
     kind: Kind
+    partition: Partition | None  # how the plan says that the leaf is cut
     g: Any
     moments: Moments
     arrays: dict[str, Any]  # the fields of a `Step`; those that are traced
@@ -294,7 +300,8 @@ def step_leaves(
         if g is not None and spec.trained:
             _check_gradient(spec, g)
             own = arrays | {"phase": phases[i]}
-            leaf = LeafStep(i, spec, kinds[spec.path], g, moments[i], own, static)
+            partition = None if recipe.plan is None else recipe.plan.partition(spec.path)
+            leaf = LeafStep(i, spec, kinds[spec.path], partition, g, moments[i], own, static)
             moments[i] = visit(leaf)
     slots = by_slot(treedef, moments)
     return ScaleByGefenState(jnp.asarray(count), state.codebook, state.codebook4, **slots)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 from gefen_jax._blocks import Shape
+from gefen_jax._dither import Place
 from gefen_jax._encoder import Encoder
 from gefen_jax._levels import Levels
 
@@ -64,6 +65,7 @@ class Step(NamedTuple):
     exact_lookup: bool
     backend: str | None
     rates: Rates | None = None  # of a fused step
+    place: Place | None = None  # where the arrays at hand are a part of a leaf
 
     # Where a fused step does what Optax does, it is with its operations in its order
     # (`clip_by_global_norm`, `add_decayed_weights`, `scale_by_learning_rate`, `apply_updates`).
@@ -178,10 +180,7 @@ class FusedKind(Kind, Protocol):
     """A kind that knows a better way to take the weight along than after `update`."""
 
     def fused(
-        self, weight: Any, g: Array, moments: Moments, step: Step, move: Move, offset: Array
+        self, weight: Any, g: Array, moments: Moments, step: Step, move: Move
     ) -> tuple[Any, Moments]:
-        """One step: what ``move`` makes of the weight, a tree of arrays like the leaf.
-
-        The leaf may be a part of another one: ``offset`` is the position of its first element.
-        """
+        """One step: what ``move`` makes of the weight, a tree of arrays like the leaf."""
         ...

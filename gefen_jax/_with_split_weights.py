@@ -33,9 +33,9 @@ _SILVER = np.uint32(0x6A09E667)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "stochastic"))
-def _advance_leaf(weight, correction, update, phase, offset, *, bits, stochastic):
+def _advance_leaf(weight, correction, update, phase, place, *, bits, stochastic):
     """The update of a leaf's weight, and its new correction."""
-    words = dither(phase, positions(weight.shape) + offset)[0] if stochastic else None
+    words = dither(phase, positions(weight.shape, place))[0] if stochastic else None
     return advance(weight, correction, update.astype(jnp.float32), bits, words)
 
 
@@ -209,7 +209,7 @@ def with_split_weights(
                     corrections[i],
                     jnp.asarray(new_updates[i]),
                     phases[i],
-                    part.offset(jnp.shape(weight)),
+                    part.place(jnp.shape(weight)),
                     bits=mode.bits,
                     stochastic=stochastic,
                 )

@@ -225,10 +225,34 @@ def test_other_devices_are_refused():
         traced.lower(lowering_platforms=("tpu",))
 
 
-def test_a_mesh_is_refused():
-    """As far as types tell: on Explicit axes."""
+def _on_mesh(spec: P) -> Any:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    grads = {"w": jax.random.normal(jax.random.key(0), (64, 256))}
+    return grads, jax.device_put(grads, NamedSharding(mesh, spec))
+
+
+def test_a_mesh_runs_the_kernel_on_every_shard():
+    """With the fractions that elements have in the whole leaf."""
+    grads, cut = _on_mesh(P("x"))
     tx = gx.scale_by_gefen(backend="triton")
-    params = {"w": jax.device_put(jnp.ones((64, 256)), NamedSharding(mesh, P("x")))}
-    with pytest.raises(NotImplementedError, match=r"'triton' takes leaves on one device.*64, 256"):
-        jax.jit(tx.update)(params, jax.jit(tx.init)(params))
+    expected, state = _jit(tx.update)(grads, tx.init(grads))
+    updates, ours = _jit(tx.update)(cut, jax.jit(tx.init)(cut))
+    assert updates["w"].sharding.is_equivalent_to(cut["w"].sharding, 2)
+    _assert_same_state(ours, state)
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=48 * _U, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (P(None, "x"), "leaves on one device, found one of .64, 256"),  # blocks cross shards
+        (P(None, "y"), r"found one of .64, 128.* are .256, 1. elements apart"),
+    ],
+)
+def test_other_meshes_are_refused(spec, message):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    params = {"w": jax.device_put(jnp.ones((64, 256)), NamedSharding(mesh, spec))}
+    plan = gx.plan_by_shape({"w": jnp.ones((64, 256))}).with_kind("w", gx.DualCode((1, 128)))
+    tx = gx.scale_by_gefen(plan=plan, backend="triton")
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(tx.update, params, jax.jit(tx.init)(params))

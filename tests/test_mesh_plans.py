@@ -129,6 +129,34 @@ def test_all_ways_to_say_it_are_one(kind):
     assert mixed["down"] == gx.plan_by_shape(bare, kind=kind)["down"]
 
 
+_AXES = (("x", 2), ("y", 4))
+
+
+def test_plans_say_how_leaves_are_cut(tmp_path):
+    mesh, at = _sharded()
+    grads = {k: np.ones(s, np.float32) for k, s in _SHAPES.items()}
+    spread = jax.device_put(grads, at)
+    several = {"up": P(("y", "x"), None), "down": P(), "bias": P("y")}
+    partitions = {
+        "by shape": (gx.plan_by_shape(spread), [("x", "y"), ("y", "x"), ("y",)]),
+        "calibrated": (gx.calibrate(grads, spread), [("x", "y"), ("y", "x"), ("y",)]),
+        "several axes": (
+            gx.plan_by_shape(grads, specs=several, mesh=mesh),
+            [(("y", "x"),), (), ("y",)],
+        ),
+        "nowhere": (gx.plan_by_shape(grads), [None, None, None]),
+    }
+    for name, (plan, specs) in partitions.items():
+        expected = [None if spec is None else (_AXES, spec) for spec in specs]
+        assert [plan[k].partition for k in _SHAPES] == expected, name
+        assert plan.with_kind("up", gx.Exact())["up"].partition == expected[0]
+        plan.save(tmp_path / "plan.json")
+        loaded = gx.Plan.load(tmp_path / "plan.json")
+        assert loaded == plan and hash(loaded) == hash(plan)
+        assert loaded["up"].partition == plan["up"].partition
+    assert '"mesh"' not in (tmp_path / "plan.json").read_text()  # of the last one, as ever
+
+
 def test_tracers_on_auto_axes_say_nothing():
     _, at = _sharded()
     bare, plans = {k: np.zeros(s, np.float32) for k, s in _SHAPES.items()}, []

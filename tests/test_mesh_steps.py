@@ -1,10 +1,14 @@
 """Steps on a mesh: the bits of one device, no communication, updates that lie where parameters do.
 
-Plans are made for the mesh, so no block crosses a shard and every number of a step is made of what
-one device holds. Beside it optax.adamw, where the same is true.
+Plans are made for the mesh, so no block crosses a shard and every device works through its own in
+pieces, which are small here. Beside it optax.adamw, where the same is true.
 """
 
+import contextlib
+import dataclasses
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import chex
@@ -13,14 +17,44 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from simulate_mesh import collectives
+from mesh_memory import whole
+from simulate_mesh import collectives, placed
 
 import gefen_jax as gx
+from gefen_jax import _backend
+from gefen_jax._blocks import Axis, row_major
+from gefen_jax._dither import Place, positions
+from gefen_jax._fused_leaf import _step_jitted
+from gefen_jax._shards import shards_of
+from gefen_jax._specs import Partition
+from gefen_jax._transform import _update_leaf
+from gefen_jax._types import Moments
 
 _STEPS = 20
 _RATE = 1e-2
+_FOR_NONE = 1 << 30  # elements of a piece that no leaf here has
+
+
+@contextlib.contextmanager
+def _pieces(size: int) -> Iterator[None]:
+    def forget() -> None:
+        for jitted in (_update_leaf, _step_jitted):  # they know the leaves with other pieces
+            jitted.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backend, "CHUNK", size)
+        forget()
+        yield
+    forget()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_pieces() -> Iterator[None]:
+    """Shards of these tests are a few thousand elements."""
+    with _pieces(1024):
+        yield
 
 
 class Layout(NamedTuple):
@@ -68,25 +102,49 @@ def _where(layout: Layout) -> Any:
 
 
 @functools.cache
-def _gefen(rank: int) -> tuple[gx.Plan, optax.GradientTransformation]:
+def _plan(rank: int) -> gx.Plan:
     """With a leaf in dual code, one in shared blocks, and one of exact moments."""
     layout = _LAYOUTS[_FINEST[rank]]
     params, where = _tree(layout, 0), _where(layout)
     shared = gx.plan_by_shape(params, kind="shared_blocks", **where)["shared"]
     plan = gx.plan_by_shape(params, **where).with_kind("shared", shared.kind)
     assert [plan[k].kind.name for k in params] == ["dual_code", "shared_blocks", "exact"]
-    return plan, gx.gefen(_RATE, weight_decay=0.1, plan=plan)
+    return plan
 
 
-def _optimizer(name: str, layout: Layout) -> optax.GradientTransformation:
-    if name == "adamw":
-        return optax.adamw(_RATE, weight_decay=0.1)
-    plan, tx = _gefen(len(layout.shape))
-    assert plan.across_shards(_tree(layout, 0), **_where(layout)) == {}
-    return tx
+def _plan_here(layout: Layout) -> gx.Plan:
+    """The same, which knows this mesh, too."""
+    plan, params, where = _plan(len(layout.shape)), _tree(layout, 0), _where(layout)
+    assert plan.across_shards(params, **where) == {}
+    here = gx.plan_by_shape(params, **where)
+    leaves = (dataclasses.replace(x, partition=here[x.path].partition) for x in plan.leaves)
+    return dataclasses.replace(plan, leaves=tuple(leaves))
+
+
+_OPTIMIZERS = {
+    "adamw": lambda plan: optax.adamw(_RATE, weight_decay=0.1),
+    "gefen": lambda plan: gx.gefen(_RATE, weight_decay=0.1, plan=plan),
+    "gefen, whole": lambda plan: gx.gefen(_RATE, weight_decay=0.1, plan=whole(plan)),
+    "split": lambda plan: gx.with_split_weights(
+        gx.fused_gefen(_RATE, weight_decay=0.1, nesterov=True, plan=plan), bits=16
+    ),
+}
+
+
+def _start(optimizer: str, layout: Layout) -> Any:
+    params = _tree(layout, 0)
+    return gx.split_weights(params)[0] if optimizer == "split" else params
+
+
+def _only_init(tx: Any) -> optax.GradientTransformation:
+    """What `state_sharding` asks for, of a `FusedGefen`, too."""
+    return optax.GradientTransformation(tx.init, optax.identity().update)
 
 
 def _step(tx):
+    if isinstance(tx, gx.FusedGefen):
+        return lambda params, state, grads: (*tx.step(grads, state, params), None)
+
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, updates
@@ -95,12 +153,16 @@ def _step(tx):
 
 
 @functools.cache
-def _on_one_device(optimizer: str, rank: int) -> Any:
-    """Parameters and state after all steps."""
+def _on_one_device(optimizer: str, rank: int, in_one: bool) -> Any:
+    """Parameters and state after all steps, of leaves as a whole or in pieces."""
+    if in_one:
+        # The mean of a shared block may be summed in another order there.
+        with _pieces(_FOR_NONE):
+            return _on_one_device.__wrapped__(optimizer, rank, False)
     layout = _LAYOUTS[_FINEST[rank]]
-    tx = _optimizer(optimizer, layout)
-    params, step = _tree(layout, 0), jax.jit(_step(tx))
-    state = tx.init(params)
+    tx = _OPTIMIZERS[optimizer](_plan(rank))
+    step, state = jax.jit(_step(tx)), tx.init(_tree(layout, 0))
+    params = _start(optimizer, layout)
     for i in range(_STEPS):
         params, state, _ = step(params, state, _tree(layout, 1 + i))
     return jax.device_get((params, state))
@@ -118,24 +180,28 @@ class Compiled(NamedTuple):
 
 def _compiled(optimizer: str, name: str, axis_type: AxisType) -> Compiled:
     layout = _LAYOUTS[name]
-    tx, mesh = _optimizer(optimizer, layout), _mesh(layout.axes, axis_type)
+    mesh = _mesh(layout.axes, axis_type)
+    # Explicit axes say themselves how leaves are cut.
+    plan = _plan_here(layout) if axis_type == AxisType.Auto else _plan(len(layout.shape))
+    tx = _OPTIMIZERS[optimizer](plan)
 
     def on_mesh(spec):
         return {k: NamedSharding(mesh, s) for k, s in _specs(spec).items()}
 
     at = on_mesh(layout.spec)
-    params = jax.device_put(_tree(layout, 0), at)
-    where = gx.state_sharding(tx, params, on_mesh(layout.state or layout.spec))
+    params = jax.device_put(_start(optimizer, layout), at)
+    where = gx.state_sharding(_only_init(tx), params, on_mesh(layout.state or layout.spec))
     state = jax.device_put(tx.init(_tree(layout, 0)), where)
     jitted = jax.jit(_step(tx), out_shardings=(at, where, None), donate_argnums=(0, 1))
-    step = jitted.lower(params, state, params).compile()
+    step = jitted.lower(params, state, jax.device_put(_tree(layout, 0), at)).compile()
     return Compiled(step, params, state, at, where)
 
 
 # (optimizer, layout, type of axes)
 _CASES = [("gefen", name, AxisType.Auto) for name in _LAYOUTS]
 _CASES += [("gefen", name, AxisType.Explicit) for name in ("fsdp 2 x tensor 4", "zero-1")]
-_CASES += [("adamw", "zero-1", AxisType.Auto)]
+_CASES += [("gefen, whole", "fsdp", AxisType.Auto), ("adamw", "zero-1", AxisType.Auto)]
+_CASES += [("split", "fsdp 4 x tensor 2", t) for t in (AxisType.Auto, AxisType.Explicit)]
 
 
 @pytest.mark.parametrize("optimizer, name, axis_type", _CASES)
@@ -143,6 +209,10 @@ def test_same_bits_and_no_communication(optimizer, name, axis_type):
     step, params, state, at, where = _compiled(optimizer, name, axis_type)
     layout = _LAYOUTS[name]
     found = collectives(step.as_text())
+    in_one = optimizer in ("adamw", "gefen, whole")
+    # On Explicit axes, where the state alone is cut, its shards are not the gradient's.
+    in_one |= layout.state is not None and axis_type == AxisType.Explicit
+    assert in_one != (" while(" in step.as_text())
     if layout.state is None:
         assert found == []
     else:
@@ -156,11 +226,12 @@ def test_same_bits_and_no_communication(optimizer, name, axis_type):
         params, state, updates = step(params, state, grads)
     for x, s in zip(jax.tree.leaves((params, state)), jax.tree.leaves((at, where)), strict=True):
         assert x.sharding.is_equivalent_to(s, x.ndim)
-    if layout.state is None:
+    if layout.state is None and updates is not None:
         for key, update in updates.items():
             assert update.sharding.is_equivalent_to(at[key], update.ndim)
     # To the last bit: the same sums over the same elements, in whichever place they are.
-    expected_params, expected_state = _on_one_device(optimizer, len(layout.shape))
+    optimizer = optimizer.removesuffix(", whole")
+    expected_params, expected_state = _on_one_device(optimizer, len(layout.shape), in_one)
     chex.assert_trees_all_equal(jax.device_get(state), expected_state)
     if layout.state is None:
         chex.assert_trees_all_equal(jax.device_get(params), expected_params)
@@ -170,6 +241,151 @@ def test_same_bits_and_no_communication(optimizer, name, axis_type):
     for key, expected in expected_params.items():
         bound = _STEPS * 2.0**-23 * (np.abs(expected) + 2 * _STEPS * _RATE)
         assert np.all(np.abs(np.asarray(params[key]) - expected) <= bound)
+
+
+# What a device steps alone ----------------------------------------------------------------------
+
+_DUAL, _SHARED = gx.DualCode((1, 256)), gx.SharedBlocks((64, 1))
+_XY = (("x", 2), ("y", 4))
+_AUTO, _EXPLICIT, _MANUAL = AxisType.Auto, AxisType.Explicit, AxisType.Manual
+
+
+class Known(NamedTuple):
+    """What is known of a leaf on axes x and y, and what a device steps of it."""
+
+    local: tuple[int, ...] | None
+    kind: Any = _DUAL
+    partition: Partition | None = Partition(_XY, ("x",))
+    spec: P = P(None, None)  # in the gradient's type
+    held: P = P(None, None)  # in the state's
+    types: tuple[AxisType, AxisType] = (_AUTO, _AUTO)
+
+
+_KNOWN = {
+    "Auto axes, in the plan": Known((64, 512)),
+    "both axes": Known((64, 128), _SHARED, Partition(_XY, ("x", "y"))),
+    "replicated": Known((128, 512), partition=Partition(_XY, ())),
+    "nothing": Known(None, partition=None),
+    "another mesh": Known(None, partition=Partition((("x", 2), ("y", 2)), ("x",))),
+    "axes in another order": Known(None, partition=Partition(_XY[::-1], ("x",))),
+    "blocks cross": Known(None, partition=Partition(_XY, (None, "y"))),
+    "no blocks": Known(None, gx.Exact()),
+    "flat periods": Known(None, gx.FlatPeriods(1024, 1024)),
+    "Explicit axes, in the types": Known(
+        (64, 512), spec=P("x", None), held=P("x", None), types=(_EXPLICIT, _EXPLICIT)
+    ),
+    "a state that nobody placed": Known((64, 512), spec=P("x", None), types=(_EXPLICIT,) * 2),
+    "a state elsewhere": Known(None, held=P("x", None), types=(_EXPLICIT, _EXPLICIT)),
+    "blocks cross, Explicit": Known(
+        None, spec=P(None, "y"), held=P(None, "y"), types=(_EXPLICIT, _EXPLICIT)
+    ),
+    "axes of two types": Known(None, types=(_AUTO, _EXPLICIT)),
+}
+
+
+@pytest.mark.parametrize("case", _KNOWN)
+def test_what_a_device_steps_alone(case):
+    known, found = _KNOWN[case], []
+    mesh = AbstractMesh((2, 4), ("x", "y"), axis_types=known.types)
+
+    def see(g, mu):
+        moments = Moments(mu, None, None)
+        found.append(shards_of(known.kind, known.partition, g, moments))
+
+    def struct(spec):
+        return jax.ShapeDtypeStruct((128, 512), jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    jax.eval_shape(see, struct(known.spec), struct(known.held))
+    assert (found[0] and found[0].local) == known.local
+
+
+def test_an_uneven_leaf_is_not_cut():
+    mesh = AbstractMesh((2, 4), ("x", "y"), axis_types=(_AUTO, _AUTO))
+    assert Partition(_XY, ("x",)).local((129, 512), mesh) is None
+    assert Partition(_XY, ("x",)).local((1, 128, 512), mesh) is None  # a layer of cut layers
+    assert Partition(_XY, (None, "x")).local((1, 128, 512), mesh) == (1, 64, 512)
+
+
+@pytest.mark.parametrize("local", [(3, 5, 8), (6, 5, 2), (2, 5, 4), (1, 1, 1), (6, 5, 8)])
+def test_positions_of_a_part(local):
+    shape = (6, 5, 8)
+    expected = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    start = tuple(d - s for d, s in zip(shape, local, strict=True))
+    part = expected[tuple(slice(a, None) for a in start)]
+    place = Place(jnp.uint32(part.flat[0]), row_major(shape))
+    np.testing.assert_array_equal(positions(local, place), part)
+    index = jnp.arange(math.prod(local), dtype=jnp.uint32)
+    distances = Axis(local, row_major(shape)).distances(index)
+    np.testing.assert_array_equal(distances, part.ravel() - part.flat[0])
+
+
+@pytest.mark.parametrize("name", ["gefen", "fused"])
+def test_temporaries_are_those_of_a_leaf_like_the_shard(name):
+    def temporaries(params, plan):
+        tx = (gx.gefen if name == "gefen" else gx.fused_gefen)(_RATE, plan=plan)
+        state = jax.eval_shape(tx.init, params)
+        if params["w"].sharding is not None:
+            state = placed(_only_init(tx), params)
+        # Without the updates, which nobody needs afterwards.
+        step = jax.jit(lambda *args: _step(tx)(*args)[:2], donate_argnums=(0, 1))
+        return step.lower(params, state, params).compile().memory_analysis().temp_size_in_bytes
+
+    at = NamedSharding(_mesh({"x": 4, "y": 2}, AxisType.Auto), P("x", "y"))
+    params = {"w": jax.ShapeDtypeStruct((2048, 1024), jnp.float32, sharding=at)}
+    local = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    plan, alone = gx.plan_by_shape(params), temporaries(local, gx.plan_by_shape(local))
+    # A few scalars more: the shard's place.
+    assert temporaries(params, plan) <= alone + 1024
+    # The whole form needs an array of float32, and more.
+    assert temporaries(params, whole(plan)) > alone + 4 * 512 * 512
+
+
+def test_an_ensemble_over_its_own_axis():
+    """Under `vmap` nobody knows where the mapped axis lies: whole leaves, and no communication."""
+    mesh = _mesh({"member": 4, "fsdp": 2}, AxisType.Auto)
+    one = jax.ShapeDtypeStruct((32, 512), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    plan = gx.plan_by_shape({"w": one})
+    tx, alone = gx.scale_by_gefen(plan=plan), gx.scale_by_gefen(plan=whole(plan))
+    grads = {"w": np.random.default_rng(0).standard_normal((4, 32, 512)).astype(np.float32)}
+
+    def put(x):
+        spec = P("member", "fsdp") if x.ndim == 3 else P("member")
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    state = jax.vmap(alone.init)(grads)
+    args = jax.tree.map(put, (grads, state))
+    step = jax.jit(jax.vmap(tx.update)).lower(*args).compile()
+    assert collectives(step.as_text()) == []
+    expected = jax.jit(jax.vmap(alone.update))(grads, state)
+    chex.assert_trees_all_equal(jax.device_get(step(*args)), jax.device_get(expected))
+
+
+def test_in_the_users_own_shard_map():
+    """Arrays are local: stepped in pieces, each as a leaf of its own."""
+    mesh = _mesh({"x": 8}, AxisType.Auto)
+    local = {"w": jax.ShapeDtypeStruct((16, 512), jnp.float32)}
+    tx = gx.scale_by_gefen(plan=gx.plan_by_shape(local))
+    grads = {"w": np.random.default_rng(0).standard_normal((128, 512)).astype(np.float32)}
+    specs = jax.tree.map(lambda x: P("x") if x.ndim else P(), jax.eval_shape(tx.init, local))
+    specs = specs._replace(codebook=P(), codebook4=P())
+
+    def two_steps(grads):
+        state = tx.init(grads)
+        _, state = tx.update(grads, state)
+        return tx.update(grads, state)
+
+    first = jax.jit(jax.shard_map(tx.init, mesh=mesh, in_specs=P("x"), out_specs=specs))(grads)
+    in_specs = (P("x"), specs)
+    update = jax.shard_map(tx.update, mesh=mesh, in_specs=in_specs, out_specs=in_specs)
+    step = jax.jit(update).lower(grads, first).compile()
+    assert " while(" in step.as_text() and collectives(step.as_text()) == []
+    _, state = step(*jax.device_put((grads, first), step.input_shardings[0]))
+    updates, state = step(*jax.device_put((grads, state), step.input_shardings[0]))
+    expected = [jax.jit(two_steps)({"w": part}) for part in np.split(grads["w"], 8)]
+    for i, (direction, new) in enumerate(expected):
+        part = slice(16 * i, 16 * (i + 1))
+        np.testing.assert_array_equal(updates["w"][part], direction["w"])
+        np.testing.assert_array_equal(state.mu["w"][part], new.mu["w"])
 
 
 # Gradients computed on the mesh -----------------------------------------------------------------

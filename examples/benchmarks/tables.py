@@ -165,6 +165,21 @@ def gpu_memory() -> str:
     return _markdown(["temporaries in bytes per parameter (kernels)", *names], rows)
 
 
+def mesh_memory() -> str:
+    """Temporaries of a step on a mesh, in pieces and in whole leaves."""
+    results = _load("mesh_memory.json")["results"]
+    names = list(next(iter(results["cuda"].values())))
+    rows = [
+        [
+            f"{tree}, 8 {device}",
+            *(f"{found[name]['temporary_bytes_per_local_parameter']:.2f}" for name in names),
+        ]
+        for platform, device in (("cuda", "H200"), ("cpu", "CPU devices"))
+        for tree, found in results[platform].items()
+    ]
+    return _markdown(["temporaries in bytes per parameter of a device's share", *names], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "char_lm": char_lm,
     "quality": quality,
@@ -172,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_step": cpu_step,
     "gpu_memory": gpu_memory,
     "memory": memory,
+    "mesh_memory": mesh_memory,
     "simulate_mesh": simulate_mesh,
 }
 

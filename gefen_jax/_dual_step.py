@@ -48,7 +48,6 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from gefen_jax._blocks import (
-    Axis,
     Shape,
     flat_view,
     read_cut,
@@ -203,7 +202,7 @@ def advance_dual(
 
     def in_piece(piece: PairedPiece, g: Pairs, state: Moments) -> Moments:
         state = state._replace(mu=state.mu.halves)
-        new = _next(g.halves, state, _positions(piece, route, step), _PIECE, step)
+        new = _next(g.halves, state, piece.positions(route), _PIECE, step)
         return new._replace(mu=piece.joined(new.mu))
 
     return map_pieces(in_piece, g, state, view, chunk, stretches=_stretches(block))
@@ -228,7 +227,7 @@ def fused_dual(
 
     def in_piece(piece: PairedPiece, g: Pairs, both: tuple[Any, Moments]) -> Any:
         weight, state = both
-        position = _positions(piece, route, step)
+        position = piece.positions(route)
         new = _next(g.halves, state._replace(mu=state.mu.halves), position, _PIECE, step)
         # What a pair shares is computed once for both.
         nu = _nu_level(new.nu, _nu_code(*new.mu))
@@ -276,29 +275,10 @@ def _stretches(block: Shape) -> int:
 
 
 def _route(shape: Shape, block: Shape, place: Place | None) -> Route:
-    """How the elements of paired pieces lie in the leaf that the array is, or has its place in."""
-    strides, paired, end = strides_at(shape, place), paired_axis(block), read_cut(shape, block).end
+    """The way of paired pieces through the leaf that the array is, or has its place in."""
+    paired, start = paired_axis(block), 0 if place is None else place.offset
     assert paired is not None, "checked when the plan was made"
-    blocks = Axis(
-        tuple(d // b for d, b in zip(shape, block, strict=True))[: end + 1],
-        tuple(s * b for s, b in zip(strides, block, strict=True))[: end + 1],
-    )
-    half = block[paired] // 2
-    axes = (
-        blocks,
-        Axis(block[:paired], strides[:paired]),
-        Axis((half, *block[paired + 1 :]), strides[paired:]),
-        Axis(shape[end + 1 :], strides[end + 1 :]),
-    )
-    return Route(axes if axes[-1].size > 1 else axes[:-1], half * strides[paired])
-
-
-def _positions(piece: PairedPiece, route: Route, step: Step) -> Halves:
-    """The row-major positions in the leaf of the two elements of every pair."""
-    first, second = piece.positions(route)
-    if step.place is None:
-        return first, second
-    return first + step.place.offset, second + step.place.offset
+    return Route.through(shape, block, paired, strides_at(shape, place), start)
 
 
 def _stats_of_elements(state: Moments, block: Shape) -> tuple[Array, Array]:

@@ -106,14 +106,8 @@ def in_best_form(
     return by_equal_runs(one_size, g, state, block)
 
 
-_TRACED = (
-    "decay",
-    "encoder",
-    "levels",
-    "phase",
-    "rates",
-    "place",
-)  # the fields of a Step that hold arrays
+# The fields of a Step that hold arrays.
+_TRACED = ("decay", "encoder", "levels", "phase", "rates", "place")
 _TABLES = ("encoder", "levels")  # of them, those that are arrays of all leaves' kernels
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from gefen_jax._blocks import Axis, FlatView
+from gefen_jax._blocks import Axis, FlatView, Shape, read_cut
 
 # Elements of a piece: its few float32 intermediates fit in a CPU's second-level cache.
 CHUNK = 1 << 18
@@ -83,10 +83,27 @@ class Pairs(NamedTuple):
 
 
 class Route(NamedTuple):
-    """How far apart in a leaf the elements of its paired pieces are."""
+    """Where the elements of paired pieces are in a leaf, of which the array may be a part."""
 
     axes: tuple[Axis, ...]  # blocks, stretches, halves, and the inner one if there is one
-    second: int  # from an element to the other of its pair
+    second: int  # how far it is from an element to the other of its pair
+    start: Any  # the position of the array's first element
+
+    @classmethod
+    def through(
+        cls, shape: Shape, block: Shape, paired: int, strides: Shape, start: Any
+    ) -> "Route":
+        """Of an array of this shape; ``strides`` are the leaf's."""
+        end, half = read_cut(shape, block).end + 1, block[paired] // 2
+        counts = tuple(d // b for d, b in zip(shape, block, strict=True))
+        from_block = tuple(s * b for s, b in zip(strides, block, strict=True))
+        axes = (
+            Axis(counts[:end], from_block[:end]),
+            Axis(block[:paired], strides[:paired]),
+            Axis((half, *block[paired + 1 :]), strides[paired:]),
+            Axis(shape[end:], strides[end:]),
+        )
+        return cls(axes if axes[-1].size > 1 else axes[:-1], half * strides[paired], start)
 
 
 class PairedPiece(NamedTuple):
@@ -165,7 +182,7 @@ class PairedPiece(NamedTuple):
         return self.piece.write_stats(x, jnp.squeeze(value, 1))
 
     def positions(self, route: Route) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
-        """The row-major positions of the first and the second elements, from the leaf's start."""
+        """The row-major positions in the leaf of the first and the second elements."""
         # Added up from one vector per axis: whole arrays of indices, the same at every turn, would
         # be stored in front of the loop.
         piece, half = self.piece, route.axes[2].size
@@ -180,6 +197,7 @@ class PairedPiece(NamedTuple):
             index = start + jnp.arange(size, dtype=jnp.uint32)
             others = tuple(j for j in range(len(route.axes)) if j != i)
             total += jnp.expand_dims(axis.distances(index), others)
+        total += route.start
         return total, total + np.uint32(route.second & 0xFFFFFFFF)
 
     def _shared_start(self, x: Array, entry: int) -> tuple[Any, ...]:

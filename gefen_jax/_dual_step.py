@@ -43,11 +43,11 @@ from jaxtyping import Array, Float, UInt8
 
 from gefen_jax._blocks import Shape, flat_view, split
 from gefen_jax._chunks import PairedPiece, Pairs, Route, map_pieces
-from gefen_jax._dither import dither, positions, strides_at
+from gefen_jax._dither import Place, dither, positions, strides_at
 from gefen_jax._levels import Levels, level, round_to_level
 from gefen_jax._nu_levels import NEAREST, nu_level, round_nu
 from gefen_jax._packing import Codes, Packing
-from gefen_jax._pairs import Halves, Layout, blocked, halves, route, stretches
+from gefen_jax._pairs import Halves, Layout, blocked, halves, paired_axis, stretches
 from gefen_jax._types import Decay, Moments, Move, Step
 
 
@@ -140,12 +140,11 @@ def advance_dual(
         g_halves, mu, position = (halves(x.reshape(parts), layout.paired) for x in of_elements)
         old = packing.in_blocks(state, g.shape, block)._replace(mu=mu)
         return _joined(_next(g_halves, old, position, layout.inside, step, packing), state, layout)
-    view, way = flat_view(g.shape, block), route(block, g.shape, strides_at(g.shape, step.place))
+    view, route = flat_view(g.shape, block), _route(g.shape, block, step.place)
 
     def in_piece(piece: PairedPiece, g: Pairs, state: Moments) -> Moments:
         state = state._replace(mu=state.mu.halves)
-        position = _positions(piece, way, step)
-        new = _next(g.halves, state, position, _PIECE.inside, step, packing)
+        new = _next(g.halves, state, piece.positions(route), _PIECE.inside, step, packing)
         return new._replace(mu=piece.joined(new.mu))
 
     return map_pieces(in_piece, g, state, view, chunk, stretches=stretches(block))
@@ -167,11 +166,11 @@ def fused_dual(
         new = advance_dual(g, state, block, step, packing=packing)
         direction = direction_dual(g, new, block, step, packing)
         return move(weight, direction, positions(g.shape, step.place), step), new
-    view, way = flat_view(g.shape, block), route(block, g.shape, strides_at(g.shape, step.place))
+    view, route = flat_view(g.shape, block), _route(g.shape, block, step.place)
 
     def in_piece(piece: PairedPiece, g: Pairs, both: tuple[Any, Moments]) -> Any:
         weight, state = both
-        position = _positions(piece, way, step)
+        position = piece.positions(route)
         state = state._replace(mu=state.mu.halves)
         new = _next(g.halves, state, position, _PIECE.inside, step, packing)
         read = packing.unpack(new)
@@ -217,12 +216,11 @@ def _each(weight: Any, part: Callable[[Pairs], Array]) -> Any:
 _PIECE = Layout((1, 2), 2)
 
 
-def _positions(piece: PairedPiece, way: Route, step: Step) -> Halves:
-    """The row-major positions in the leaf of the two elements of every pair."""
-    first, second = piece.positions(way)
-    if step.place is None:
-        return first, second
-    return first + step.place.offset, second + step.place.offset
+def _route(shape: Shape, block: Shape, place: Place | None) -> Route:
+    """The way of paired pieces through the leaf that the array is, or has its place in."""
+    paired, start = paired_axis(block), 0 if place is None else place.offset
+    assert paired is not None, "checked when the plan was made"
+    return Route.through(shape, block, paired, strides_at(shape, place), start)
 
 
 def _stats_of_elements(state: Moments, block: Shape, packing: Packing) -> tuple[Array, Array]:

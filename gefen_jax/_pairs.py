@@ -6,8 +6,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array
 
-from gefen_jax._blocks import Axis, Shape, read_cut, split
-from gefen_jax._chunks import Route
+from gefen_jax._blocks import Shape, read_cut, split
 
 Halves = tuple[Array, Array]  # of the paired axis: the two elements of every pair
 
@@ -47,26 +46,6 @@ def blocked(shape: Shape, block: Shape) -> Layout:
 def stretches(block: Shape) -> int:
     """How many runs of a block are halved, each for itself."""
     return math.prod(block[: _paired(block)])
-
-
-def route(block: Shape, shape: Shape, strides: Shape) -> Route:
-    """How the elements of paired pieces of an array lie in its leaf, which may be a larger one.
-
-    Neighbours along the array's axes are ``strides`` apart there.
-    """
-    paired, end = _paired(block), read_cut(shape, block).end
-    blocks = Axis(
-        tuple(d // b for d, b in zip(shape, block, strict=True))[: end + 1],
-        tuple(s * b for s, b in zip(strides, block, strict=True))[: end + 1],
-    )
-    half = block[paired] // 2
-    axes = (
-        blocks,
-        Axis(block[:paired], strides[:paired]),
-        Axis((half, *block[paired + 1 :]), strides[paired:]),
-        Axis(shape[end + 1 :], strides[end + 1 :]),
-    )
-    return Route(axes if axes[-1].size > 1 else axes[:-1], half * strides[paired])
 
 
 def as_pairs(x: Array, block: Shape) -> tuple[Array, int]:

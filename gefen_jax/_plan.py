@@ -161,11 +161,6 @@ class Plan:
             kinds[spec.path] = leaf.kind
         return kinds
 
-    def partition(self, path: str) -> Partition | None:
-        """How a leaf lies on a mesh, if it is known."""
-        leaf = self._by_path.get(path)
-        return None if leaf is None else leaf.partition
-
     def with_kind(self, pattern: str, kind: Kind) -> "Plan":
         """A plan in which the leaves whose path matches a shell pattern have another kind.
 

@@ -100,7 +100,8 @@ def shards_of(
     On Explicit axes it is cut as ``like`` is, on Auto axes by the plan's ``partition``. A leaf
     without blocks is left to the compiler: its step is elementwise.
     """
-    mesh, block = _mesh_of(like, moments.mu), kind.scale_block
+    block = kind.scale_block
+    mesh = None if block is None else _mesh_of(like, moments.mu)
     if mesh is None or block is None:
         return None
     if AxisType.Explicit in mesh.axis_types:

@@ -300,7 +300,7 @@ def step_leaves(
         if g is not None and spec.trained:
             _check_gradient(spec, g)
             own = arrays | {"phase": phases[i]}
-            partition = None if recipe.plan is None else recipe.plan.partition(spec.path)
+            partition = None if recipe.plan is None else recipe.plan[spec.path].partition
             leaf = LeafStep(i, spec, kinds[spec.path], partition, g, moments[i], own, static)
             moments[i] = visit(leaf)
     slots = by_slot(treedef, moments)

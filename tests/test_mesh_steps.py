@@ -198,8 +198,9 @@ def _compiled(optimizer: str, name: str, axis_type: AxisType) -> Compiled:
 
 
 # (optimizer, layout, type of axes)
-_CASES = [("gefen", name, AxisType.Auto) for name in _LAYOUTS]
-_CASES += [("gefen", name, AxisType.Explicit) for name in ("fsdp 2 x tensor 4", "zero-1")]
+_ON_EXPLICIT = ("fsdp 2 x tensor 4", "zero-1")
+_CASES = [("gefen", name, AxisType.Auto) for name in _LAYOUTS if name != _ON_EXPLICIT[0]]
+_CASES += [("gefen", name, AxisType.Explicit) for name in _ON_EXPLICIT]
 _CASES += [("gefen, whole", "fsdp", AxisType.Auto), ("adamw", "zero-1", AxisType.Auto)]
 _CASES += [("split", "fsdp 4 x tensor 2", t) for t in (AxisType.Auto, AxisType.Explicit)]
 

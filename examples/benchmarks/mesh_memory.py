@@ -10,6 +10,7 @@ are cut, and cannot work through them in pieces. For 8 H200 without one (what th
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -70,12 +71,12 @@ def measure(tx: Any, params: Any, platform: str) -> dict[str, float]:
     jitted = jax.jit(make_step(tx), donate_argnums=(0, 1), out_shardings=where)
     traced = jitted.trace(params, state, params)
     executable = traced.lower(lowering_platforms=(platform,)).compile()
-    temporary = executable.memory_analysis().temp_size_in_bytes
-    share = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(params))
-    hlo = executable.as_text()
-    row = {
-        "temporary_bytes": temporary,
-        "temporary_bytes_per_local_parameter": round(float(temporary / share), 4),
+    memory, hlo = executable.memory_analysis(), executable.as_text()
+    assert memory is not None and hlo is not None
+    share = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(params))
+    row: dict[str, float] = {
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "temporary_bytes_per_local_parameter": round(memory.temp_size_in_bytes / share, 4),
         "collectives": len(collectives(hlo)),
     }
     return row | ({"kernels": cost(computations(hlo)).kernels} if platform == "cuda" else {})

@@ -30,6 +30,7 @@ PUBLIC = [
     "SharedBlocks",
     "SplitWeightsState",
     "Untrained",
+    "WideDualCode",
     "calibrate",
     "flash_adam",
     "flash_adamw",

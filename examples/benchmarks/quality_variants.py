@@ -49,6 +49,11 @@ def _split(bits: int, *args: Any, **kwargs: Any) -> optax.GradientTransformation
     return gx.with_split_weights(_gefen(*args, **kwargs), bits=bits)
 
 
+def _adamw_split(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
+    """What narrow weights cost alone."""
+    return gx.with_split_weights(_adamw(*args, **kwargs))
+
+
 def _planned(
     rule: Literal["axis", "reference"],
     learning_rate: optax.Schedule,
@@ -156,6 +161,7 @@ VARIANTS: dict[str, Variant] = {
     "gefen_muon, 4 bits": functools.partial(_muon, functools.partial(gx.gefen_muon, bits=4)),
     "flash_adamw": functools.partial(_optimizer, gx.flash_adamw),
     "microadam": functools.partial(_optimizer, gx.microadam),
+    "adamw, split weights": _adamw_split,
     "gefen, split weights": functools.partial(_split, 24),
     "gefen, 16 bits": functools.partial(_split, 16),
     "gefen, bfloat16 weights": _gefen,
@@ -163,7 +169,14 @@ VARIANTS: dict[str, Variant] = {
 }
 
 # The model holds its weights in bfloat16, and gradients come in bfloat16; it computes in float32.
-NARROW = frozenset({"gefen, split weights", "gefen, 16 bits", "gefen, bfloat16 weights"})
+NARROW = frozenset(
+    {
+        "adamw, split weights",
+        "gefen, split weights",
+        "gefen, 16 bits",
+        "gefen, bfloat16 weights",
+    }
+)
 
 # Bytes per parameter that a simulated state would need, of large leaves.
 SIMULATED_BYTES = {f"simulated: {name}": x.bytes_per_parameter for name, x in _SIMULATED.items()}

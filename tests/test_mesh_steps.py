@@ -467,3 +467,18 @@ def test_collectives_in_the_text_of_a_program():
       %e = f32[] fusion(%a.1), metadata={op_name="all-gather(x)"}
     """
     assert collectives(text) == [("all-gather", 131072), ("all-reduce", 11), ("all-gather", 72)]
+
+
+@pytest.mark.parametrize("axis_type", [_AUTO, _EXPLICIT])
+def test_wide_codes(axis_type):
+    """What two elements share a byte of lies on their shard."""
+    grads = {"w": jax.random.normal(jax.random.key(0), (32, 512))}
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    cut = jax.device_put(grads, NamedSharding(mesh, P("x", "y")))
+    plan = gx.plan_by_shape(cut, kind="wide_dual_code")
+    assert plan["w"].kind == gx.WideDualCode((1, 256))
+    tx = gx.scale_by_gefen(plan=plan)
+    expected = jax.jit(tx.update)(grads, tx.init(grads))
+    step = jax.jit(tx.update).lower(cut, jax.jit(tx.init)(cut)).compile()
+    assert collectives(step.as_text()) == []
+    chex.assert_trees_all_equal(*jax.device_get((step(cut, jax.jit(tx.init)(cut)), expected)))

@@ -35,6 +35,7 @@ class DualCode:
       block: The box that shares a scale and an exponent, e.g. ``(1, 256)``.
 
     Examples:
+      >>> import jax.numpy as jnp
       >>> import gefen_jax as gx
       >>> plan = gx.plan_by_shape({"w": jnp.zeros((512, 512))})
       >>> plan["w"].kind

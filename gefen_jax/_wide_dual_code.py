@@ -25,6 +25,7 @@ class WideDualCode(DualCode):
         even number of elements has at least 4.
 
     Examples:
+      >>> import jax.numpy as jnp
       >>> import gefen_jax as gx
       >>> plan = gx.plan_by_shape({"w": jnp.zeros((512, 512))}, kind="wide_dual_code")
       >>> plan["w"].kind

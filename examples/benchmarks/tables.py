@@ -12,7 +12,7 @@ from typing import Any
 
 from _common import RESULTS
 from quality_report import cells, read
-from quality_statistics import SETUP, by_setup, compare
+from quality_statistics import BASELINE, SETUP, by_setup, compare
 
 _ROOT = Path(__file__).parent.parent.parent
 PAGES = (_ROOT / "README.md", *(_ROOT / "docs" / f"{n}.md" for n in ("meshes", "total-memory")))
@@ -104,9 +104,11 @@ def _parts(setup: tuple[Any, ...]) -> list[str]:
 
 # What was tried, but is no state that one can have: all of it is in quality.md.
 _NOT_SHOWN = ("simulated", "gefen, pairs")
+# The other optimizers, and narrow weights: a table of their own.
+_TOTAL_MEMORY = ("adamw, split", "gefen, split", "gefen, 16", "gefen, bfl", "flash", "microadam")
 
 
-def quality() -> str:
+def _quality(is_shown: Callable[[str], bool]) -> str:
     """Losses of the quality bench at AdamW's best learning rate, paired differences, bytes."""
     rows, usual = [], {}
     for setup, runs in by_setup(read(RESULTS / "quality.jsonl")).items():
@@ -114,13 +116,22 @@ def quality() -> str:
         first = usual.setdefault(setup[0], setup)
         parts = [title for title, a, b in zip(_parts(setup), setup, first, strict=True) if a != b]
         name = ", ".join([setup[0], *parts])
-        for of in compare(runs):
-            if of.variant.startswith(_NOT_SHOWN):
-                continue
+        shown = [of for of in compare(runs) if of.variant == BASELINE or is_shown(of.variant)]
+        for of in shown if len(shown) > 1 else []:
             _, loss, difference, own, own_loss, _, seeds, size = cells(of)
             rows.append([name, of.variant, loss, difference, f"{own_loss} at {own}", seeds, size])
     head = ["task", "", "loss", "less AdamW's", "best of the rates tried", "seeds", "bytes"]
     return _markdown(head, rows)
+
+
+def quality() -> str:
+    """States of gefen beside AdamW's, and of the PyTorch packages."""
+    return _quality(lambda variant: not variant.startswith(_NOT_SHOWN + _TOTAL_MEMORY))
+
+
+def quality_total_memory() -> str:
+    """Narrow weights, FlashOptim and MicroAdam beside AdamW."""
+    return _quality(lambda variant: variant.startswith(_TOTAL_MEMORY))
 
 
 def simulate_mesh() -> str:
@@ -183,6 +194,7 @@ def mesh_memory() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "char_lm": char_lm,
     "quality": quality,
+    "quality_total_memory": quality_total_memory,
     "plans": plans,
     "cpu_step": cpu_step,
     "gpu_memory": gpu_memory,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gefen_jax as gx
@@ -207,14 +207,25 @@ def test_an_ensemble_by_vmap():
 # Lowered, not run --------------------------------------------------------------------------------
 
 
+_H200 = AbstractMesh(
+    (1,),
+    ("x",),
+    axis_types=(AxisType.Auto,),
+    # From jax 0.11 on, lowering asks which GPU it is for.
+    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda"),
+)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cuda_gets_one_kernel_per_leaf(dtype):
     """And `backend=None` none, as nothing was measured."""
     grads = optax.tree.cast(_GRADS[0], dtype)
     for backend, kernels in (("triton", 2), (None, 0)):
         tx = gx.scale_by_gefen(plan=_PLAN, backend=backend)
-        traced = jax.jit(tx.update).trace(grads, tx.init(_PARAMS))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        state = jax.eval_shape(tx.init, _PARAMS)
+        with jax.sharding.use_abstract_mesh(_H200):
+            traced = jax.jit(tx.update).trace(jax.eval_shape(lambda: grads), state)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels
 
 

@@ -102,7 +102,7 @@ def in_best_form(
             *args, cpu=form(advance, CHUNK), **dict.fromkeys(_GPUS, large), default=whole
         )
 
-    g, state = not_differentiable((g, state), _NO_DERIVATIVE)
+    g, state = not_differentiable((g, state), NO_DERIVATIVE)
     return by_equal_runs(one_size, g, state, block)
 
 
@@ -168,7 +168,7 @@ def laid_out_like(like: Any, function: Callable[..., Any], *args: Any) -> Any:
         return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
 
 
-_NO_DERIVATIVE = (
+NO_DERIVATIVE = (
     "a quantised momentum has no useful derivative: gefen's update cannot be differentiated"
     " with respect to gradients or state. Use optax.adamw, or gefen_jax.Exact() for every"
     ' leaf (`plan.with_kind("*", gefen_jax.Exact())`), where you need it.'

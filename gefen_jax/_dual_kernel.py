@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 import pallas_kernels
+from gefen_jax._backend import NO_DERIVATIVE
 from gefen_jax._blocks import Shape, flat_view, row_major
+from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._pairs import stretches
 from gefen_jax._types import Moments, Move, Step, Weight
 from pallas_kernels import DualLayout, DualScalars, DualStepResult, SplitWeight
@@ -46,6 +48,7 @@ def _moments(result: DualStepResult) -> Moments:
 
 
 def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -> DualStepResult:
+    g, moments = not_differentiable((g, moments), NO_DERIVATIVE)
     offset: Any = 0
     if step.place is not None:
         offset = step.place.offset

@@ -229,6 +229,16 @@ def test_cuda_gets_one_kernel_per_leaf(dtype):
         assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels
 
 
+def test_derivatives_are_refused():
+    tx = gx.scale_by_gefen(plan=_PLAN, backend="triton")
+
+    def loss(grads):
+        return jnp.sum(tx.update(grads, tx.init(_PARAMS))[0]["rows"])
+
+    with pytest.raises(NotImplementedError, match="no useful derivative"):
+        jax.eval_shape(jax.grad(loss), _GRADS[0])
+
+
 def test_other_devices_are_refused():
     tx = gx.scale_by_gefen(plan=_PLAN, backend="triton")
     traced = jax.jit(tx.update).trace(_GRADS[0], tx.init(_PARAMS))

@@ -181,6 +181,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.jsonl")
     parser.add_argument("--out", type=Path, help="folder; the one of the results by default")
+    parser.add_argument(
+        "--against", help="prints differences to this variant only"
+    )
     options = parser.parse_args(argv)
     setups = by_setup(read(options.results))
     # Where the output is no terminal (a log, a pipe), rich would fold the tables at 80 columns.
@@ -190,6 +193,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         del setups[setup]
     if not setups:
         raise SystemExit(f"nothing to compare: run quality.py --variant {BASELINE}")
+    if options.against:
+        for setup, rows in setups.items():
+            console.print(title_of(setup))
+            for found in compare(rows, options.against):
+                console.print(f"  {found.variant}: {_paired(found.difference)}")
+        return
     print_tables(setups, console)
     folder = options.out or options.results.parent
     (folder / "quality.md").write_text(markdown(setups), encoding="utf-8")

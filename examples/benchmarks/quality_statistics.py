@@ -100,12 +100,16 @@ def _difference(of: dict[int, float], base: dict[int, float]) -> Paired | None:
     return paired([of[seed] - base[seed] for seed in seeds]) if seeds else None
 
 
-def compare(rows: Sequence[Row]) -> list[Comparison]:
-    """Every variant of one setup beside the baseline; nothing without a baseline."""
+def compare(rows: Sequence[Row], against: str = BASELINE) -> list[Comparison]:
+    """Every variant of one setup at the baseline's best rate; nothing without a baseline.
+
+    Differences are to the variant ``against``, at that same rate.
+    """
     base = losses(rows, BASELINE)
     if not base:
         return []
     lr = best_lr(base)
+    other = losses(rows, against).get(lr, {})
     result = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         of_lr = losses(rows, variant)
@@ -115,10 +119,10 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
                 variant=variant,
                 lr=lr,
                 loss=mean(here.values()) if here else None,
-                difference=_difference(here, base[lr]) if here else None,
+                difference=_difference(here, other) if here else None,
                 own_lr=own_lr,
                 own_loss=mean(of_lr[own_lr].values()),
-                own_difference=_difference(of_lr[own_lr], base[lr]),
+                own_difference=_difference(of_lr[own_lr], other),
                 seeds=len(here or of_lr[own_lr]),
                 bytes_per_parameter=mean(
                     row["state_bytes_per_parameter"] for row in rows if row["variant"] == variant

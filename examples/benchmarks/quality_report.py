@@ -181,9 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.jsonl")
     parser.add_argument("--out", type=Path, help="folder; the one of the results by default")
-    parser.add_argument(
-        "--against", help="prints differences to this variant only"
-    )
+    parser.add_argument("--against", help="prints differences to this variant only")
     options = parser.parse_args(argv)
     setups = by_setup(read(options.results))
     # Where the output is no terminal (a log, a pipe), rich would fold the tables at 80 columns.

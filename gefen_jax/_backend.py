@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
-from gefen_jax._chunks import CHUNK
+from gefen_jax._chunks import Chunk
 from gefen_jax._dither import Place
 from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._shards import shards_of
@@ -21,17 +21,20 @@ BACKENDS = ("xla", "triton")
 
 @runtime_checkable
 class Advance(Protocol):
-    """A step of one leaf in equal blocks; with ``chunk``, in pieces of about so many elements.
+    """A step of one leaf in equal blocks; with ``chunk``, in pieces.
 
     The state is the moments, or they and the parameter, or any tree of arrays like these.
     """
 
     def __call__(
-        self, g: Array, state: Any, block: Shape, step: Step, /, *, chunk: int | None = None
+        self, g: Array, state: Any, block: Shape, step: Step, /, *, chunk: Chunk | None = None
     ) -> Any: ...
 
 
-# Elements of a piece on a GPU: many enough that its kernels take longer than their start, and few
+# Elements of a piece on a CPU: its few float32 intermediates fit in the second-level cache.
+CHUNK = 1 << 18
+
+# And on a GPU: many enough that its kernels take longer than their start, and few
 # enough for temporaries of 20 to 40 MB.
 GPU_CHUNK = 1 << 22
 
@@ -85,7 +88,7 @@ def in_best_form(
     """
 
     def one_size(g: Array, state: Any, block: Shape) -> Any:
-        def form(advance: Advance, chunk: int | None) -> Callable[..., Any]:
+        def form(advance: Advance, chunk: Chunk | None) -> Callable[..., Any]:
             # Branches take arrays only: what is static in the step stays outside.
             def run(g: Array, state: Any, *arrays: Any) -> Any:
                 return advance(g, state, block, step._replace(**_named(arrays)), chunk=chunk)
@@ -97,9 +100,10 @@ def in_best_form(
             return whole(*args)
         # At least two pieces: kernels of several leaves may run in any order, which keeps the
         # temporaries of all of them; loops run one after the other.
-        large = form(on_gpu or advance, min(GPU_CHUNK, g.size // 2))
+        large = form(on_gpu or advance, Chunk(min(GPU_CHUNK, g.size // 2)))
+        small = form(advance, Chunk(CHUNK, bfloat16_in_place=False))
         return jax.lax.platform_dependent(
-            *args, cpu=form(advance, CHUNK), **dict.fromkeys(_GPUS, large), default=whole
+            *args, cpu=small, **dict.fromkeys(_GPUS, large), default=whole
         )
 
     g, state = not_differentiable((g, state), NO_DERIVATIVE)

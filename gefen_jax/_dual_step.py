@@ -42,11 +42,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from gefen_jax._blocks import Shape, flat_view, split
-from gefen_jax._chunks import PairedPiece, Pairs, Route, map_pieces
+from gefen_jax._chunks import Chunk, map_pieces
 from gefen_jax._dither import Place, dither, positions, strides_at
 from gefen_jax._levels import Levels, level, round_to_level
 from gefen_jax._nu_levels import NEAREST, nu_level, round_nu
 from gefen_jax._packing import Codes, Packing
+from gefen_jax._paired_pieces import PairedPiece, Pairs, Route
 from gefen_jax._pairs import Halves, Layout, blocked, halves, paired_axis, stretches
 from gefen_jax._types import Decay, Moments, Move, Step
 
@@ -127,12 +128,12 @@ def advance_dual(
     step: Step,
     *,
     packing: Packing,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ) -> Moments:
     """Takes the gradient into the state.
 
-    With ``chunk``, the leaf is worked through in pieces of about so many elements, in place: the
-    same result, with temporaries of one piece.
+    With ``chunk``, the leaf is worked through in pieces, in place: the same result, with
+    temporaries of one piece.
     """
     if chunk is None:
         layout, parts = blocked(g.shape, block), split(g, block)[0].shape
@@ -158,7 +159,7 @@ def fused_dual(
     *,
     packing: Packing,
     move: Move,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ) -> tuple[Any, Moments]:
     """`advance_dual` and what ``move`` makes of the weight; ``both`` are it and the state."""
     weight, state = both

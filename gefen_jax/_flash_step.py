@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, UInt32
 
 from gefen_jax._backend import apart, in_best_form, laid_out_like
 from gefen_jax._blocks import Shape, flat_view, split, split_stats, stats_shape
-from gefen_jax._chunks import Piece, map_pieces, over_pieces
+from gefen_jax._chunks import Chunk, map_pieces
 from gefen_jax._companding import FIRST, SECOND, Coded, decode, encode, round_scale
 from gefen_jax._dither import dither, positions
 from gefen_jax._not_differentiable import not_differentiable
+from gefen_jax._pieces import Piece, over_pieces
 from gefen_jax._types import Decay, Step
 
 GROUP = 32
@@ -111,7 +112,7 @@ def _advance(
     block: Shape,
     step: Step,
     *,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ) -> tuple[Array, Kept]:
     """Update and moments of a leaf a step later. Runs must divide their axis."""
     kept, position = state
@@ -141,7 +142,7 @@ def _advance_in_place(
     block: Shape,
     step: Step,
     *,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ) -> tuple[Array, Kept]:
     """The same in pieces, with the update in the gradient's place: no array of a leaf's size.
 
@@ -165,7 +166,7 @@ def _advance_in_place(
 
 
 def _encoded_in_pieces(
-    rule: Rule, g: Array, kept: Kept, block: Shape, decay: Decay, chunk: int
+    rule: Rule, g: Array, kept: Kept, block: Shape, decay: Decay, chunk: Chunk
 ) -> Kept:
     """The moments of a leaf a step later, in pieces: temporaries of one, and the codes in place."""
     view = flat_view(g.shape, block)
@@ -193,7 +194,7 @@ def _encoded_in_pieces(
     # New scales are arrays of their own. If they replaced those that are read, XLA would copy them
     # at every turn, to have the old ones while it computes the codes.
     start = tuple(Coded(flat(x.code), jnp.zeros(view.stats_shape, jnp.float32)) for x in kept)
-    new = over_pieces(view, body, start, chunk)
+    new = over_pieces(view, body, start, chunk.size)
     return jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from gefen_jax._blocks import Shape, equal_parts, flat_view, read_cut
-from gefen_jax._chunks import Piece, over_pieces
 from gefen_jax._constants import HISTOGRAM_BINS
+from gefen_jax._pieces import Piece, over_pieces
 from gefen_jax._replicated import replicated
 
 # Elements per piece: bins and weights of a piece are its only temporaries.

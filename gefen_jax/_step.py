@@ -37,8 +37,9 @@ from gefen_jax._blocks import (
     stats_shape,
     times_stats,
 )
-from gefen_jax._chunks import Piece, map_pieces
+from gefen_jax._chunks import Chunk, map_pieces
 from gefen_jax._encoder import Encoder, decode, encode
+from gefen_jax._pieces import Piece
 from gefen_jax._types import Codebooks, Decay, Moments, Step
 
 
@@ -77,12 +78,12 @@ def advance(
     block: Shape,
     step: Step,
     *,
-    chunk: int | None = None,
+    chunk: Chunk | None = None,
 ) -> Moments:
     """Takes the gradient into the state. Runs must divide their axis.
 
-    With ``chunk``, the leaf is worked through in pieces of about so many elements, in place: the
-    same result, with temporaries of one piece.
+    With ``chunk``, the leaf is worked through in pieces, in place: the same result, with
+    temporaries of one piece.
     """
     if chunk is None:
         blocked, inside = split(g, block)

@@ -36,10 +36,14 @@ from test_dual import (
 )
 
 import gefen_jax as gx
+from gefen_jax._blocks import flat_view
+from gefen_jax._chunks import Chunk, map_pieces
 from gefen_jax._dither import leaf_phases
 from gefen_jax._dual_step import advance_dual
 from gefen_jax._levels import make_levels
 from gefen_jax._packing import OWN, SHARED
+from gefen_jax._paired_pieces import PairedPiece, Pairs
+from gefen_jax._pairs import stretches
 from gefen_jax._transform import decay_at
 from gefen_jax._types import Moments, Step
 
@@ -79,7 +83,7 @@ def _advance(g, state, count, block, chunk, packing=SHARED):
         exact_lookup=True,
         backend=None,
     )
-    return advance_dual(g, state, block, step, packing=packing, chunk=chunk)
+    return advance_dual(g, state, block, step, packing=packing, chunk=chunk and Chunk(chunk))
 
 
 # Shape, block, elements of a piece. Rows of blocks with a last piece that reaches back (5 of 22, 2
@@ -118,6 +122,30 @@ def test_pieces_give_the_same_state(name, kind):
 
 def _first_block(leaf: np.ndarray, block: tuple[int, ...]) -> np.ndarray:
     return leaf[tuple(slice(0, n) for n in block)]
+
+
+@pytest.mark.parametrize("bfloat16_in_place", [True, False])
+@pytest.mark.parametrize("name", ["rows", "heads", "rows of an inner axis", "columns"])
+def test_pieces_that_overlap_write_nothing_twice(name, bfloat16_in_place):
+    """Of any dtype. Small integers: every sum is exact in all of them."""
+    shape, block, size = _PIECES[name]
+    constant = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape) % 7
+    dtypes = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)
+    arrays = {jnp.dtype(d).name: jnp.full(shape, 3 + i, d) for i, d in enumerate(dtypes)}
+
+    def doubled(piece: PairedPiece, g: Pairs, read: Any) -> Any:
+        def of_one(x: Pairs) -> jax.Array:
+            halves = (2 * a + b for a, b in zip(x.halves, g.halves, strict=True))
+            return piece.joined(tuple(half.astype(x.both.dtype) for half in halves))
+
+        return {name: of_one(x) for name, x in read.items()}
+
+    chunk = Chunk(size, bfloat16_in_place=bfloat16_in_place)
+    view, number = flat_view(shape, block), stretches(block)
+    new = map_pieces(doubled, constant, arrays, view, chunk, stretches=number)
+    for dtype, x in arrays.items():
+        assert new[dtype].dtype == dtype
+        np.testing.assert_array_equal(new[dtype], (2 * x + constant).astype(dtype))
 
 
 @pytest.mark.parametrize("in_pieces", [False, True])

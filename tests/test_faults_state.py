@@ -17,8 +17,8 @@ import pytest
 
 import gefen_jax as gx
 from gefen_jax._axis_rule import _evidence
+from gefen_jax._backend import CHUNK
 from gefen_jax._candidates import candidate_blocks
-from gefen_jax._chunks import CHUNK
 from gefen_jax._histogram import _count
 
 ROWS, COLUMNS = gx.SharedBlocks((1, 256)), gx.SharedBlocks((32, 1))

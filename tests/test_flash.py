@@ -20,7 +20,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import gefen_jax as gx
-from gefen_jax._chunks import CHUNK
+from gefen_jax._backend import CHUNK
+from gefen_jax._chunks import Chunk
 from gefen_jax._companding import FIRST, SECOND, Coded, decode, encode, round_scale
 from gefen_jax._dither import positions
 from gefen_jax._flash import _adam
@@ -688,7 +689,7 @@ def test_the_form_for_gpus_is_the_same_step():
     both = kept, positions((20, 1)) + first
     expected, new = jax.jit(lambda: _advance(_adam, g, both, block, step))()
     update, in_place = jax.jit(
-        lambda: _advance_in_place(_adam, g, both, block, step, chunk=8 * GROUP)
+        lambda: _advance_in_place(_adam, g, both, block, step, chunk=Chunk(8 * GROUP))
     )()
     # An ulp in float32 may round the other way, in bfloat16 or to a code; other fractions would
     # round half of the scales otherwise.

@@ -440,11 +440,15 @@ def test_split_weights_are_those_of_the_unfused_form(bits, chunk):
     assert int(state.count) == 3
 
 
-@pytest.mark.parametrize("bits, most", [(24, 0.3), (16, 0.2)])
-def test_no_float32_leaf_of_split_weights(bits, most):
-    """A few pieces of 2^18 elements beside the 2^24 of the leaf; the unfused form takes 5 bytes."""
-    weights = {"w": jax.ShapeDtypeStruct(_LARGE, jnp.bfloat16)}
-    fused = gx.with_split_weights(gx.fused_gefen(1e-3, weight_decay=0.1), bits)
+@pytest.mark.parametrize("bits, dtype, most", [(24, jnp.float16, 0.3), (16, jnp.bfloat16, 2.2)])
+def test_no_float32_leaf_of_split_weights(bits, dtype, most):
+    """A few pieces of 2^18 elements beside the 2^24 of the leaf; the unfused form takes 5 bytes.
+
+    In bfloat16 another array of new weights, too, as `gefen_jax._chunks` says.
+    """
+    weights = {"w": jax.ShapeDtypeStruct(_LARGE, dtype)}
+    fused = gx.fused_gefen(1e-3, weight_decay=0.1)
+    fused = gx.with_split_weights(fused, bits, dtype=dtype)
     state = jax.eval_shape(fused.init, weights)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

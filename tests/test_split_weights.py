@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gefen_jax as gx
-from gefen_jax._chunks import CHUNK
+from gefen_jax._backend import CHUNK
 from gefen_jax._dither import dither, leaf_phases
 from gefen_jax._split import advance, correction_dtype, merge, split
 from gefen_jax._with_split_weights import _phases

@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 import gefen_jax as gx
 from gefen_jax import _backend
 from gefen_jax._builtin import builtin_codebook
+from gefen_jax._chunks import Chunk
 from gefen_jax._encoder import Encoder, make_encoder
 from gefen_jax._levels import make_levels
 from gefen_jax._step import advance
@@ -78,7 +79,7 @@ def _step(encoder: Encoder) -> Step:
 @functools.partial(jax.jit, static_argnames=("block", "chunk"))
 def _advance(g, state, block, chunk):
     step = _step(make_encoder(jnp.asarray(_CODEBOOK)))
-    return advance(g, state, block, step, chunk=chunk)
+    return advance(g, state, block, step, chunk=chunk and Chunk(chunk))
 
 
 @settings(max_examples=12, deadline=None)

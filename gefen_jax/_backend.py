@@ -101,7 +101,7 @@ def in_best_form(
         # At least two pieces: kernels of several leaves may run in any order, which keeps the
         # temporaries of all of them; loops run one after the other.
         large = form(on_gpu or advance, Chunk(min(GPU_CHUNK, g.size // 2)))
-        small = form(advance, Chunk(CHUNK, bfloat16_in_place=False))
+        small = form(advance, Chunk(CHUNK, narrow_in_place=False))
         return jax.lax.platform_dependent(
             *args, cpu=small, **dict.fromkeys(_GPUS, large), default=whole
         )

@@ -23,10 +23,11 @@ class Chunk(NamedTuple):
     """How a leaf is worked through."""
 
     size: int  # elements of a piece, about
-    # Whether arrays of bfloat16, too, are updated in place. XLA on a CPU cannot write to a part of
-    # one: it converts the whole array to float32 and back, for every piece. There they are only
-    # read, new ones are written as integers, and these are converted once.
-    bfloat16_in_place: bool = True
+    # Whether floats of 16 bits, too, are updated in place. XLA on a CPU cannot write to a part of
+    # an array of bfloat16: it converts the whole one to float32 and back, for every piece; one of
+    # float16 it copies where the weight is split. There such arrays are only read, new ones are
+    # written as integers, and these are converted once.
+    narrow_in_place: bool = True
 
 
 def map_pieces(
@@ -59,9 +60,8 @@ def map_pieces(
     fixed, (old, treedef) = jax.tree.map(flat, constant), jax.tree.flatten(carry)
     old = [flat(x) for x in old]
     # Arrays that are not written to, by their number, are read from as the constant is.
-    kept = {
-        i: x for i, x in enumerate(old) if not chunk.bfloat16_in_place and x.dtype == jnp.bfloat16
-    }
+    narrow = () if chunk.narrow_in_place else (jnp.bfloat16, jnp.float16)
+    kept = {i: x for i, x in enumerate(old) if x.dtype in narrow}
     start = [jax.lax.empty(x.shape, jnp.uint16) if i in kept else x for i, x in enumerate(old)]
 
     def body(piece: Piece, arrays: list[Array]) -> list[Array]:

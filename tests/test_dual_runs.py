@@ -124,9 +124,9 @@ def _first_block(leaf: np.ndarray, block: tuple[int, ...]) -> np.ndarray:
     return leaf[tuple(slice(0, n) for n in block)]
 
 
-@pytest.mark.parametrize("bfloat16_in_place", [True, False])
+@pytest.mark.parametrize("narrow_in_place", [True, False])
 @pytest.mark.parametrize("name", ["rows", "heads", "rows of an inner axis", "columns"])
-def test_pieces_that_overlap_write_nothing_twice(name, bfloat16_in_place):
+def test_pieces_that_overlap_write_nothing_twice(name, narrow_in_place):
     """Of any dtype. Small integers: every sum is exact in all of them."""
     shape, block, size = _PIECES[name]
     constant = jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape) % 7
@@ -140,7 +140,7 @@ def test_pieces_that_overlap_write_nothing_twice(name, bfloat16_in_place):
 
         return {name: of_one(x) for name, x in read.items()}
 
-    chunk = Chunk(size, bfloat16_in_place=bfloat16_in_place)
+    chunk = Chunk(size, narrow_in_place=narrow_in_place)
     view, number = flat_view(shape, block), stretches(block)
     new = map_pieces(doubled, constant, arrays, view, chunk, stretches=number)
     for dtype, x in arrays.items():

@@ -309,7 +309,6 @@ class _Memory(NamedTuple):
     """A leaf of 16M elements; temporaries may take a tenth of it."""
 
     kind: Any
-    dtype: Any = jnp.float32
     max_norm: float | None = 1.0
 
 
@@ -317,8 +316,6 @@ _MEMORY = {
     "dual": _Memory(gx.DualCode((1, 256))),
     "dual columns": _Memory(gx.DualCode((256, 1))),
     "wide": _Memory(gx.WideDualCode((1, 256))),
-    # XLA on a CPU converts a float16 array before it adds up its squares: no norm here.
-    "dual float16": _Memory(gx.DualCode((1, 256)), jnp.float16, max_norm=None),
     "shared": _Memory(gx.SharedBlocks((1, 1024))),
     "flat": _Memory(gx.FlatPeriods(1024, 1024)),
     # Two fusions read the gradient: clipped, it would be stored.
@@ -329,7 +326,7 @@ _MEMORY = {
 @pytest.mark.parametrize("name", _MEMORY)
 def test_a_donated_step_copies_nothing(name):
     case = _MEMORY[name]
-    params = {"w": jax.ShapeDtypeStruct(_LARGE, case.dtype), "b": jax.ShapeDtypeStruct((64,), "f4")}
+    params = {"w": jax.ShapeDtypeStruct(_LARGE, "f4"), "b": jax.ShapeDtypeStruct((64,), "f4")}
     plan = gx.plan_by_shape(params).with_kind("w", case.kind)
     fused = gx.fused_gefen(1e-3, plan=plan, max_norm=case.max_norm)
     state = jax.eval_shape(fused.init, params)
@@ -342,7 +339,7 @@ def test_a_donated_step_copies_nothing(name):
     analysis, size = compiled.memory_analysis(), math.prod(_LARGE)
     donated = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
     assert analysis.alias_size_in_bytes >= donated
-    assert analysis.temp_size_in_bytes < 0.1 * size * jnp.dtype(case.dtype).itemsize
+    assert analysis.temp_size_in_bytes < 0.1 * size * 4
     # Nor is anything of the leaf's size copied (in fusions, what is called so is in registers).
     computations = compiled.as_text().split("\n\n")
     for text in (c for c in computations if not c.startswith("%fused_computation")):
@@ -440,15 +437,14 @@ def test_split_weights_are_those_of_the_unfused_form(bits, chunk):
     assert int(state.count) == 3
 
 
-@pytest.mark.parametrize("bits, dtype, most", [(24, jnp.float16, 0.3), (16, jnp.bfloat16, 2.2)])
-def test_no_float32_leaf_of_split_weights(bits, dtype, most):
+@pytest.mark.parametrize("bits, most", [(24, 2.3), (16, 2.2)])
+def test_no_float32_leaf_of_split_weights(bits, most):
     """A few pieces of 2^18 elements beside the 2^24 of the leaf; the unfused form takes 5 bytes.
 
-    In bfloat16 another array of new weights, too, as `gefen_jax._chunks` says.
+    And another array of new weights, as `gefen_jax._chunks.Chunk` says.
     """
-    weights = {"w": jax.ShapeDtypeStruct(_LARGE, dtype)}
-    fused = gx.fused_gefen(1e-3, weight_decay=0.1)
-    fused = gx.with_split_weights(fused, bits, dtype=dtype)
+    weights = {"w": jax.ShapeDtypeStruct(_LARGE, jnp.bfloat16)}
+    fused = gx.with_split_weights(gx.fused_gefen(1e-3, weight_decay=0.1), bits)
     state = jax.eval_shape(fused.init, weights)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

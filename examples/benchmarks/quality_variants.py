@@ -113,6 +113,7 @@ _NU_EACH = replace(_NU_PER_PAIR, nu_pairs=False)
 _MU = Kept(mu_levels=16, mu_relative=True, mu_rounding="golden")
 _SIMULATED = {
     "mu exact, nu per pair": _NU_PER_PAIR,
+    "mu exact, nu per pair, relative to columns": replace(_NU_PER_PAIR, nu_columns=True),
     "mu exact, nu 8 bits each": _NU_EACH,
     "mu 4 bits, nu exact": _MU,
     "mu 8 bits, nu per pair": replace(

@@ -5,6 +5,7 @@ The moments are float32 arrays, rounded to what the codes of a leaner state coul
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -41,6 +42,7 @@ class Kept:
     nu_ratio: float | Literal["mixed", "float"] = 2.0
     nu_rounding: Rounding = "random"
     nu_pairs: bool = False  # an element shares nu with the one half a group away
+    nu_columns: bool = False  # relative to averages over columns
     group: int = 256
     axis: int = -1
     mu_used: Literal["coded", "uncoded"] = "coded"  # in the update
@@ -133,8 +135,12 @@ def _levels(kept: Kept) -> list[float]:
     return [kept.nu_ratio**-i for i in range(kept.nu_levels)]
 
 
-def _keep_nu(nu: Array, base: Array, kept: Kept, fraction: Array) -> Array:
+def _keep_nu(nu: Array, base: Array, column: Array, kept: Kept, fraction: Array) -> Array:
     """nu as kept; `base` is row x column / mean."""
+    if kept.nu_columns:
+        unit = jnp.maximum(column, _TINY)
+        relative = dataclasses.replace(kept, nu_columns=False)
+        return unit * _keep_nu(nu / unit, base, column, relative, fraction)
     if kept.nu in ("exact", "factored"):
         return nu if kept.nu == "exact" else base
     if kept.nu == "mean":
@@ -173,7 +179,7 @@ def _advance(
     row = b2 * leaf.row + (1 - b2) * jnp.mean(square, -1, keepdims=True)
     column = b2 * leaf.column + (1 - b2) * jnp.mean(square, -2, keepdims=True)
     base = row * column / jnp.maximum(jnp.mean(row, -2, keepdims=True), _TINY)
-    new_nu = _keep_nu(nu, base, kept, _fraction(kept.nu_rounding, 0, phase, g))
+    new_nu = _keep_nu(nu, base, column, kept, _fraction(kept.nu_rounding, 0, phase, g))
     new_mu = _keep_mu(mu, new_nu, kept, _fraction(kept.mu_rounding, 1, phase, g))
     used_mu = new_mu if kept.mu_used == "coded" else mu
     return Leaf(new_mu, new_nu, row, column), used_mu, new_nu if kept.nu_used == "coded" else nu

@@ -74,6 +74,10 @@ def gefen(
 
       Loshchilov and Hutter, `Decoupled Weight Decay Regularization
       <https://arxiv.org/abs/1711.05101>`_, 2019
+
+    .. note::
+      With `optax.inject_hyperparams`, name ``mask`` in its ``static_args`` if it is a function:
+      else Optax takes it for a schedule and weight decay may be lost, as with `optax.adamw`.
     """
     check_number("learning_rate", learning_rate, 0.0, math.inf, open_end=True)
     check_number("weight_decay", weight_decay, 0.0, math.inf, open_end=True)

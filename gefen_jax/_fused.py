@@ -93,7 +93,7 @@ def fused_gefen(
     Returns:
       A `FusedGefen`: ``init(params)`` gives the state, ``step(grads, opt_state, params)`` the new
       parameters, in their shapes and dtypes, and the new state. Jitted with both donated, no array
-      of a leaf's size is made or copied.
+      of a leaf's size is made or copied; but on a CPU parameters in 16 bits are written anew.
 
     Raises:
       ValueError: For arguments out of range; in ``step`` for a gradient, a parameter or a state

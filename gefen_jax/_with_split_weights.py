@@ -97,7 +97,9 @@ def with_split_weights(
     what must be added to the weights, in float32, and must not be scaled or clipped any more. So
     `optax.clip_by_global_norm`, `optax.apply_if_finite` and schedules go inside. Start from float32
     parameters without losing their lower bits by ``tx.init(params)``, then train
-    ``split_weights(params)[0]``; or from a model in bfloat16, whose corrections are 0.
+    ``split_weights(params)[0]``, with the same ``bits``, ``dtype`` and ``mask``: other bits give
+    some weights that do not fit their corrections, which nothing notices. Or start from a model in
+    bfloat16, whose corrections are 0.
 
     Args:
       tx: Any transformation that gives final updates, e.g. `optax.adamw` or `gefen`. It sees

@@ -1,7 +1,7 @@
 """Gradient accumulation: a scan over micro-batches, beside `optax.MultiSteps`.
 
 `MultiSteps` works with gefen, but keeps a sum of the gradients in its state, 4 bytes per parameter
-in float32: four times what gefen saved you. A `lax.scan` over the micro-batches of one step needs
+in float32: four times gefen's own state. A `lax.scan` over the micro-batches of one step needs
 the sum only within the step, and may keep it in bfloat16: 2 bytes, and none in checkpoints.
 A bfloat16 sum of n gradients is off by up to n / 2^9 of its size: for a handful that is less than
 what a batch's own noise moves, for hundreds take float32.
@@ -19,7 +19,7 @@ y = jnp.sin(jnp.cumsum(x, axis=-1))[..., ::2]
 up, down = jax.random.split(jax.random.key(1))
 params = {
     "up": jax.random.normal(up, (32, 256)) / 32**0.5,
-    "down": jax.random.normal(down, (256, 16)) / 16,
+    "down": jax.random.normal(down, (256, 16)) / 16,  # small: exact moments, 8 bytes each
 }
 
 

@@ -40,6 +40,15 @@ class FusedGefen(NamedTuple):
         """The next parameters and the next state."""
         return self.step_part(grads, opt_state, params, Part())[:2]
 
+    @property
+    def update(self) -> Any:
+        """What this has not: it is asked for where an Optax transformation is expected."""
+        raise AttributeError(
+            "`fused_gefen` has no `update`, and nothing can be chained to it: call"
+            " `params, opt_state = tx.step(grads, opt_state, params)`, or use `gefen`, the same as"
+            " an Optax transformation with the same state"
+        )
+
 
 def fused_gefen(
     learning_rate: optax.ScalarOrSchedule,

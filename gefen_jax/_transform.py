@@ -283,6 +283,11 @@ def step_leaves(
 
     Of leaves at hand that are parts of others, ``kinds`` says what the whole ones are.
     """
+    if not isinstance(state, ScaleByGefenState):
+        raise TypeError(
+            f"the state must be a ScaleByGefenState, got {type(state).__name__}: give the one of"
+            " this optimizer's `init` (`gefen_jax.from_adam` makes one of a running optax.adamw's)"
+        )
     flat, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None)
     specs, moments = state_leaves(state, [path for path, _ in flat], treedef)
     kinds = kinds_of(specs, recipe.plan) if kinds is None else kinds

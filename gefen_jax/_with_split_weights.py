@@ -191,9 +191,7 @@ def with_split_weights(
     ) -> tuple[optax.Updates, SplitWeightsState]:
         if params is None:
             raise ValueError(_NO_PARAMS)
-        leaves = read_leaves(params, mode)
-        corrections = leaves.select(state.correction)
-        _check_state(leaves, corrections, mode)
+        leaves, corrections = _read(params, state, mode)
         updates, inner_state = inner.update(
             _cast_gradients(leaves, updates, gradient_dtype),
             state.inner,
@@ -225,9 +223,7 @@ def _fused(tx: FusedGefen, init: Any, mode: Mode, stochastic: bool) -> FusedGefe
     """A fused step that merges and splits the weights where it reads and writes them."""
 
     def step_part(grads: Any, state: Any, params: Any, part: Part) -> tuple[Any, Any, Any]:
-        leaves = read_leaves(params, mode)
-        corrections = leaves.select(state.correction)
-        _check_state(leaves, corrections, mode)
+        leaves, corrections = _read(params, state, mode)
         count = jnp.asarray(optax.safe_increment(state.count))
         phases = _phases(leaves.paths, count)
         lows = {
@@ -276,8 +272,15 @@ def _cast_gradients(leaves: Leaves, grads: Any, dtype: Any) -> Any:
     return leaves.treedef.unflatten(cast)
 
 
-def _check_state(leaves: Leaves, corrections: list[Any], mode: Mode) -> None:
-    """Every split leaf is a weight with the correction that it had from `init` on."""
+def _read(params: Any, state: Any, mode: Mode) -> tuple[Leaves, list[Any]]:
+    """The weights, and of each the correction that it had from `init` on."""
+    if not isinstance(state, SplitWeightsState):
+        raise TypeError(
+            f"the state must be a SplitWeightsState, got {type(state).__name__}: give the one of"
+            " this optimizer's `init`, not that of the optimizer inside"
+        )
+    leaves = read_leaves(params, mode)
+    corrections = leaves.select(state.correction)
     expected = correction_dtype(mode.bits)
     rows = zip(leaves.paths, leaves.leaves, leaves.is_split, corrections, strict=True)
     for path, leaf, is_split, low in rows:
@@ -295,3 +298,4 @@ def _check_state(leaves: Leaves, corrections: list[Any], mode: Mode) -> None:
                 f"the correction of `{path}` must be {kind}, found {describe(low)}: use the `bits`"
                 " and `mask` that the state was made with, and keep its dtypes (no tree.cast)"
             )
+    return leaves, corrections

@@ -446,3 +446,35 @@ def test_21_calibration_keeps_nothing():
     plan = gx.calibrate(grads, grads)
     assert alive() <= before
     assert math.isclose(plan.bytes_per_param, 1, rel_tol=0.1)
+
+
+_STATES = {"adamw": optax.scale_by_adam(), "gefen": gx.scale_by_gefen()}
+_STEPS = {
+    "gefen": (lambda g, s, p: gx.scale_by_gefen().update(g, s, p), "adamw", "from_adam"),
+    "split": (
+        lambda g, s, p: gx.with_split_weights(gx.scale_by_gefen()).update(g, s, p),
+        "gefen",
+        "SplitWeightsState, got ScaleByGefenState",
+    ),
+    "split and fused": (
+        lambda g, s, p: gx.with_split_weights(gx.fused_gefen(1e-3)).step(g, s, p),
+        "gefen",
+        "SplitWeightsState, got ScaleByGefenState",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _STEPS)
+def test_the_state_of_another_optimizer_is_refused(name):
+    step, other, message = _STEPS[name]
+    params = {"w": jnp.ones((4, 8))}
+    with pytest.raises(TypeError, match=message):
+        step(params, _STATES[other].init(params), params)
+
+
+def test_a_fused_optimizer_is_no_part_of_a_chain():
+    fused, params = gx.fused_gefen(1e-3), {"w": jnp.ones((4, 8))}
+    assert not hasattr(fused, "update")
+    with pytest.raises(AttributeError, match="use `gefen`"):
+        optax.chain(optax.clip(1.0), fused)
+        optax.MultiSteps(fused, 2).update(params, optax.MultiSteps(fused, 2).init(params), params)

@@ -275,7 +275,7 @@ class LeafStep(NamedTuple):
 def step_leaves(
     recipe: Recipe,
     grads: optax.Updates,
-    state: ScaleByGefenState,
+    state: Any,  # checked
     visit: Callable[[LeafStep], Moments],
     kinds: Mapping[str, Kind] | None = None,
 ) -> ScaleByGefenState:

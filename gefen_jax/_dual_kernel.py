@@ -54,7 +54,7 @@ def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -
         offset = step.place.offset
         if step.place.strides != row_major(g.shape):
             raise NotImplementedError(
-                "`backend` 'triton' takes parts of a leaf that lie in one piece, found one of"
+                f"`backend` {step.backend!r} takes parts of a leaf that lie in one piece, found one of"
                 f" {g.shape} whose axes are {step.place.strides} elements apart: cut the leaf along"
                 " its first axis only, or use None or 'xla'"
             )
@@ -80,6 +80,7 @@ def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -
                 phase=phase,
                 offset=offset,
                 nesterov=step.nesterov,
+                backend=step.backend,
                 interpret=interpret,
                 **others,
             )
@@ -88,4 +89,5 @@ def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -
 
     # Without a default: for other devices JAX raises when it lowers.
     args = g, moments, step.decay, step.levels.codebook, step.phase, offset, others
-    return jax.lax.platform_dependent(*args, cuda=launch(False), cpu=launch(True))
+    interpreted = {"cpu": launch(True)} if step.backend == "triton" else {}
+    return jax.lax.platform_dependent(*args, cuda=launch(False), **interpreted)

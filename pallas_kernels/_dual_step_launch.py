@@ -1,6 +1,6 @@
 """The launch of a dual code's step: checks, small tables, one kernel."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +162,7 @@ def dual_step(
     weight_decay: Any = 0.0,
     split: SplitWeight | None = None,
     config: DualStepConfig | None = None,
-    backend: str = "triton",
+    backend: Literal["triton", "jax_triton"] = "triton",
     interpret: bool = False,
 ) -> DualStepResult:
     """One step of a leaf with both moments in a byte per element, in one pass over memory.

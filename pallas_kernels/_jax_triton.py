@@ -7,11 +7,15 @@ Only one thing has to be the hardware's own: `_lookup`, in assembly.
 This module imports Triton, and so does nobody but `pallas_kernels._jax_triton_launch`, when asked.
 """
 
+# Triton's language has Python's syntax, but not its types; and it is an extra.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
 import inspect
 from typing import Any
 
-import triton  # pyright: ignore[reportMissingImports] (an extra, for Python 3.12 and newer)
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 from pallas_kernels._dual_step import LEVELS
 from pallas_kernels._triton import LANES, lookup_assembly
@@ -75,7 +79,7 @@ def _round_nu(nu, fraction):
 @_jit
 def _round_to_level(tables_ptr, x, fraction):
     """A code of each x in [-1, 1]; the fraction decides between two."""
-    gap = tl.zeros(x.shape, tl.int32)
+    gap = tl.full(x.shape, 0, tl.int32)
     for i in tl.static_range(4):
         higher = gap | (8 >> i)
         gap = tl.where(x >= _lookup(tables_ptr, _CODEBOOK, higher), higher, gap)
@@ -161,7 +165,7 @@ def dual_step_kernel(
     half: tl.constexpr = layout[2]
     inner: tl.constexpr = layout[3]
     pairs: tl.constexpr = layout[1] * half
-    across = tl.cdiv(inner, tile[2])
+    across: tl.constexpr = (inner + tile[2] - 1) // tile[2]
     row = tl.program_id(0) // across * tile[0] + tl.arange(0, tile[0])[:, None, None]
     pair = tl.arange(0, tile[1])[None, :, None]
     column = tl.program_id(0) % across * tile[2] + tl.arange(0, tile[2])[None, None, :]
@@ -207,9 +211,7 @@ def dual_step_kernel(
     word0, word1 = tl.load(phase_ptr), tl.load(phase_ptr + 1)
     nu_fraction, fraction1 = _dither(word0, word1, start, at1)
     _, fraction2 = _dither(word0, word1, start, at2)
-    k1, k2, h, scale, exponent = _code(
-        tables_ptr, m1, m2, nu, nu_fraction, fraction1, fraction2
-    )
+    k1, k2, h, scale, exponent = _code(tables_ptr, m1, m2, nu, nu_fraction, fraction1, fraction2)
     tl.store(codes_ptr + at1, ((h & 0xF0) | k1).to(tl.uint8), mask=mask)
     tl.store(codes_ptr + at2, (((h & 15) << 4) | k2).to(tl.uint8), mask=mask)
     tl.store(scale_ptr + stats, scale, mask=stats_mask)

@@ -20,7 +20,6 @@ import triton.language as tl
 from pallas_kernels._dual_step import LEVELS
 from pallas_kernels._triton import LANES, lookup_assembly
 
-_CODEBOOK, _OFFSET, _SLOPE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # as they lie
 _ENTRIES = tl.constexpr(LANES)
 _LAST = tl.constexpr(LEVELS - 1)
 _ASSEMBLY = tl.constexpr(lookup_assembly())
@@ -37,13 +36,19 @@ def _jit(function: Any) -> Any:
 
 
 @_jit
-def _lookup(tables_ptr, table: tl.constexpr, index):
-    """Entries of a table at indices from 0 to 15: see `pallas_kernels._triton.lookup`."""
-    arguments = (index,)
+def _read(tables_ptr, table: tl.constexpr):
+    """A table for `_lookup`."""
+    entries = ()
     for i in tl.static_range(_ENTRIES):
-        arguments += (tl.load(tables_ptr + table * _ENTRIES + i),)
+        entries += (tl.load(tables_ptr + table * _ENTRIES + i),)
+    return entries
+
+
+@_jit
+def _lookup(table, index):
+    """Entries of a table at indices from 0 to 15: see `pallas_kernels._triton.lookup`."""
     return tl.inline_asm_elementwise(
-        _ASSEMBLY, _CONSTRAINTS, arguments, dtype=tl.float32, is_pure=True, pack=1
+        _ASSEMBLY, _CONSTRAINTS, (index,) + table, dtype=tl.float32, is_pure=True, pack=1
     )
 
 
@@ -77,19 +82,19 @@ def _round_nu(nu, fraction):
 
 
 @_jit
-def _round_to_level(tables_ptr, x, fraction):
+def _round_to_level(codebook, offset, slope, x, fraction):
     """A code of each x in [-1, 1]; the fraction decides between two."""
     gap = tl.full(x.shape, 0, tl.int32)
     for i in tl.static_range(4):
         higher = gap | (8 >> i)
-        gap = tl.where(x >= _lookup(tables_ptr, _CODEBOOK, higher), higher, gap)
-    place = _lookup(tables_ptr, _OFFSET, gap) + _lookup(tables_ptr, _SLOPE, gap) * x
+        gap = tl.where(x >= _lookup(codebook, higher), higher, gap)
+    place = _lookup(offset, gap) + _lookup(slope, gap) * x
     one_and_fraction = _float(((fraction >> 13) << 4) | _ONE)
     return ((place + (15 + one_and_fraction)).to(tl.int32, bitcast=True) >> 19) & _LAST
 
 
 @_jit
-def _code(tables_ptr, m1, m2, nu, nu_fraction, fraction1, fraction2):
+def _code(codebook, offset, slope, m1, m2, nu, nu_fraction, fraction1, fraction2):
     """The new state: codes of m and of nu, and per block the scale and the exponent."""
     exponent, h = _round_nu(nu, nu_fraction)
     root = tl.sqrt(_nu_level(exponent, h))
@@ -100,8 +105,8 @@ def _code(tables_ptr, m1, m2, nu, nu_fraction, fraction1, fraction2):
     largest = tl.max(tl.maximum(bits1, bits2), axis=1, keep_dims=True)
     scale = _float(tl.minimum(largest, _INFINITE << 23))
     inverse = 1 / tl.maximum(scale, _TINY)
-    k1 = _round_to_level(tables_ptr, x1 * inverse, fraction1)
-    k2 = _round_to_level(tables_ptr, x2 * inverse, fraction2)
+    k1 = _round_to_level(codebook, offset, slope, x1 * inverse, fraction1)
+    k2 = _round_to_level(codebook, offset, slope, x2 * inverse, fraction2)
     return k1, k2, h, scale, exponent
 
 
@@ -176,6 +181,7 @@ def dual_step_kernel(
     at1 = (row * (2 * pairs) + pair + pair // half * half) * inner + column
     at2 = at1 + half * inner
 
+    codebook, offset, slope = _read(tables_ptr, 0), _read(tables_ptr, 1), _read(tables_ptr, 2)
     # In the order of `pallas_kernels._dual_step.SCALARS`.
     gradient_factor = tl.load(scalars_ptr)
     one_minus_b1 = tl.load(scalars_ptr + 1)
@@ -201,8 +207,8 @@ def dual_step_kernel(
         # A code of 0 stands for -1 times the scale: what pads a block must not be its maximum.
         nu = tl.where(mask, nu, 0)
     unit = scale * tl.sqrt(nu)
-    m1 = _lookup(tables_ptr, _CODEBOOK, old1 & 15) * unit
-    m2 = _lookup(tables_ptr, _CODEBOOK, old2 & 15) * unit
+    m1 = _lookup(codebook, old1 & 15) * unit
+    m2 = _lookup(codebook, old2 & 15) * unit
     m1 = m1 + one_minus_b1 * (g1 - m1)
     m2 = m2 + one_minus_b1 * (g2 - m2)
     nu = b2 * nu + one_minus_b2 * (0.5 * (g1 * g1 + g2 * g2))
@@ -211,7 +217,9 @@ def dual_step_kernel(
     word0, word1 = tl.load(phase_ptr), tl.load(phase_ptr + 1)
     nu_fraction, fraction1 = _dither(word0, word1, start, at1)
     _, fraction2 = _dither(word0, word1, start, at2)
-    k1, k2, h, scale, exponent = _code(tables_ptr, m1, m2, nu, nu_fraction, fraction1, fraction2)
+    k1, k2, h, scale, exponent = _code(
+        codebook, offset, slope, m1, m2, nu, nu_fraction, fraction1, fraction2
+    )
     tl.store(codes_ptr + at1, ((h & 0xF0) | k1).to(tl.uint8), mask=mask)
     tl.store(codes_ptr + at2, (((h & 15) << 4) | k2).to(tl.uint8), mask=mask)
     tl.store(scale_ptr + stats, scale, mask=stats_mask)
@@ -225,7 +233,7 @@ def dual_step_kernel(
     rate = scale * tl.sqrt(nu) * m_factor * inverse
     for i in tl.static_range(2):
         at, k, g = (at1, k1, g1) if i == 0 else (at2, k2, g2)
-        out = _lookup(tables_ptr, _CODEBOOK, k) * rate
+        out = _lookup(codebook, k) * rate
         if nesterov:
             out = out + g * g_factor * inverse
         if fused:

@@ -18,6 +18,8 @@ _OPTIONS = {
     "ptx_version": 87,
     "enable_fp_fusion": True,  # as XLA does; the default is about to change
 }
+# Of programs of 16 warps: two fit on a multiprocessor, so that one reads while the other computes.
+_REGISTERS = 64
 
 
 def is_available() -> bool:
@@ -74,7 +76,7 @@ def launch(
             grid=pl.cdiv(layout.blocks, config.rows) * pl.cdiv(layout.inner, config.columns),
             num_warps=config.num_warps,
             num_stages=1,  # there is no loop to pipeline
-            backend_options=_OPTIONS,
+            backend_options=_OPTIONS | {"maxnreg": _REGISTERS if config.num_warps > 8 else None},
             name="gefen_dual_step_fused" if form.fused else "gefen_dual_step",
         )
         return [*new, *map(jax.freeze, refs)]

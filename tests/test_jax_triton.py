@@ -59,8 +59,12 @@ class _Memory:
     copy_ = set_
 
 
-def _load_entry(tables_ptr, table: tl.constexpr, index):
-    return tl.load(tables_ptr + table * 16 + index)
+def _pointer(tables_ptr, table: tl.constexpr):
+    return tables_ptr + table * 16
+
+
+def _load_entry(table, index):
+    return tl.load(table + index)
 
 
 # Triton's own is not a function that the interpreter runs, unless the environment said so before
@@ -77,7 +81,7 @@ def interpreted():
         spec = importlib.util.spec_from_file_location("interpreted", _jax_triton.__file__)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module._lookup = triton.jit(_load_entry)
+        module._read, module._lookup = triton.jit(_pointer), triton.jit(_load_entry)
         yield module.dual_step_kernel, triton.jit(_max)
 
 

@@ -1,5 +1,6 @@
 """The launch of a dual code's step: checks, small tables, one kernel."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -124,7 +125,7 @@ def _pallas_call(
     inputs: list[Array],
     written: list[Array],
     out: list[jax.ShapeDtypeStruct],
-) -> list[Array]:
+) -> Sequence[Array]:
     """What a step writes; all but ``out``, the update, where it was."""
     places = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in written]
     call = pl.pallas_call(

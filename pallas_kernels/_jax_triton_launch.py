@@ -1,5 +1,6 @@
 """The launch of a dual code's step by `jax_triton.triton_call`, where that package is installed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def launch(
     inputs: list[Array],
     written: list[Array],
     out: list[jax.ShapeDtypeStruct],
-) -> list[Array]:
+) -> Sequence[Array]:
     """What a step writes; all but ``out``, the update, where it was.
 
     Inputs: scalars, phase, tables, g. Written: the parameter in the fused form, codes, scale,

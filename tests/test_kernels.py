@@ -383,12 +383,14 @@ class StepContract:
         found = self.check(case, data)
         assert not np.any(found.scale)
 
-    def test_no_gradient_ever(self):
+    @pytest.mark.parametrize("eps", [0.0, 1e-8])
+    def test_no_gradient_ever(self, eps):
         """A state of zeros stays, and so does the parameter but for its weight decay."""
         case = CASES["rows, fused"]
         data = data_of(case, 0)
         zeros = jax.tree.map(jnp.zeros_like, data.state)
-        found = self.check(case, data._replace(g=data.g * 0, state=zeros))
+        decay = data.decay._replace(eps=jnp.float32(eps), eps_root=jnp.float32(0))
+        found = self.check(case, data._replace(g=data.g * 0, state=zeros, decay=decay))
         assert not np.any(found.scale) and not np.any(found.exponent)
         decayed = np.asarray(data.param) * (1 - _LEARNING_RATE * _WEIGHT_DECAY)
         np.testing.assert_allclose(found.out, decayed, rtol=4 * U)

@@ -1,10 +1,10 @@
 """The kernel of `pallas_kernels._dual_step` once more, in the Triton language, for `jax_triton`.
 
-JAX sends users of Pallas' Triton dialect there, which it deprecates. Names, order and numbers are
-those of that module and of `pallas_kernels._split_weight`, whose docstrings say why what is done.
-Only one thing has to be the hardware's own: `_lookup`, in assembly.
+JAX deprecates the Triton dialect of Pallas, and sends its users there. Names, order and numbers are
+those of that module and of `pallas_kernels._split_weight`, where the reasons are. Only `_lookup` is
+not plain Triton: it is assembly, for the same reason as there.
 
-This module imports Triton, and so does nobody but `pallas_kernels._jax_triton_launch`, when asked.
+Importing this module imports Triton: `pallas_kernels._jax_triton_launch` does when it is called.
 """
 
 # Triton's language has Python's syntax, but not its types; and it is an extra.

@@ -1,6 +1,6 @@
 """`backend="jax_triton"`: the kernel in the Triton language fulfils the contract of the step.
 
-On a CPU it runs in Triton's interpreter, in the place of `jax_triton.triton_call`; the one function
+On a CPU it runs in Triton's interpreter, in the place of `jax_triton.triton_call`; the one thing
 that the interpreter has not, a few lines of assembly, becomes a load there. For CUDA it is compiled
 to PTX by Triton itself, without a GPU.
 """
@@ -82,7 +82,7 @@ def interpreted():
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module._read, module._lookup = triton.jit(_pointer), triton.jit(_load_entry)
-        yield module.dual_step_kernel, triton.jit(_max)
+        return module.dual_step_kernel, triton.jit(_max)
 
 
 @pytest.fixture(scope="class")
@@ -100,7 +100,7 @@ def on_cpu(interpreted):
         refs = {k: x for k, x in bound.items() if isinstance(x, jax.Ref)}
         static = {k: x for k, x in bound.items() if not isinstance(x, jax.Array | jax.Ref)}
         arrays = {k: refs[k][...] if k in refs else x for k, x in bound.items() if k not in static}
-        # What nobody gave is the output's.
+        # The pointer that nobody gave is the output's.
         (out_name,) = signature.parameters.keys() - bound.keys() or [None]
         written = [*out_type, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in refs.values())]
 

@@ -46,7 +46,7 @@ def gefen(
         calibration.
       backend: None for the implementation that is known to be best on the device at hand, "xla", or
         "triton" for the kernels of `pallas_kernels` (dual codes on one NVIDIA GPU; not measured on
-        one yet, so None never takes them).
+        one yet, so None never takes them), or "jax_triton" for the same by that package.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.

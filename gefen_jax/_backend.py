@@ -16,7 +16,8 @@ from gefen_jax._specs import Partition, fitting_spec
 from gefen_jax._step import by_equal_runs
 from gefen_jax._types import Kind, Moments, Step
 
-BACKENDS = ("xla", "triton")
+_KERNELS = ("triton", "jax_triton")
+BACKENDS = ("xla", *_KERNELS)
 
 
 @runtime_checkable
@@ -52,16 +53,16 @@ def check_backend(backend: str | None) -> None:
 def kernel_of(kind: str, g: Array, backend: str | None) -> Any:
     """The module with the kernels of a kind of leaf, if its name was given and it has some.
 
-    On a CPU they are interpreted, slowly: to try them, and for tests.
+    On a CPU those of "triton" are interpreted, slowly: to try them, and for tests.
 
     Raises:
       NotImplementedError: For a leaf on several devices, whose shards a kernel does not know.
     """
-    if backend != "triton" or kind != "dual_code":
+    if backend not in _KERNELS or kind != "dual_code":
         return None
     if _on_a_mesh(g):
         raise NotImplementedError(
-            f"`backend` 'triton' takes leaves on one device, found one of {g.shape} on"
+            f"`backend` {backend!r} takes leaves on one device, found one of {g.shape} on"
             f" {jax.typeof(g).sharding.mesh}: use None or 'xla'"
         )
     from gefen_jax import _dual_kernel  # noqa: PLC0415 (takes time, and Pallas, where it is asked for)

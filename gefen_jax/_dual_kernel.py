@@ -49,12 +49,13 @@ def _moments(result: DualStepResult) -> Moments:
 
 def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -> DualStepResult:
     g, moments = not_differentiable((g, moments), NO_DERIVATIVE)
+    backend: Any = step.backend
     offset: Any = 0
     if step.place is not None:
         offset = step.place.offset
         if step.place.strides != row_major(g.shape):
             raise NotImplementedError(
-                "`backend` 'triton' takes parts of a leaf that lie in one piece, found one of"
+                f"`backend` {backend!r} takes parts of a leaf that lie in one piece, found one of"
                 f" {g.shape} whose axes are {step.place.strides} elements apart: cut the leaf along"
                 " its first axis only, or use None or 'xla'"
             )
@@ -80,6 +81,7 @@ def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -
                 phase=phase,
                 offset=offset,
                 nesterov=step.nesterov,
+                backend=backend,
                 interpret=interpret,
                 **others,
             )
@@ -88,4 +90,5 @@ def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -
 
     # Without a default: for other devices JAX raises when it lowers.
     args = g, moments, step.decay, step.levels.codebook, step.phase, offset, others
-    return jax.lax.platform_dependent(*args, cuda=launch(False), cpu=launch(True))
+    interpreted = {"cpu": launch(True)} if backend == "triton" else {}
+    return jax.lax.platform_dependent(*args, cuda=launch(False), **interpreted)

@@ -1,12 +1,14 @@
 """The launch of a dual code's step: checks, small tables, one kernel."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num, UInt32
 
+from pallas_kernels import _jax_triton_launch
 from pallas_kernels._dual_step import LEVELS, SCALARS, Form, make_kernel
 from pallas_kernels._dual_step_config import (
     MAX_PERIOD,
@@ -116,6 +118,32 @@ def _check_split(param: Array | None) -> None:
         )
 
 
+def _pallas_call(
+    layout: DualLayout,
+    config: DualStepConfig,
+    form: Form,
+    inputs: list[Array],
+    written: list[Array],
+    out: list[jax.ShapeDtypeStruct],
+) -> Sequence[Array]:
+    """What a step writes; all but ``out``, the update, where it was."""
+    places = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in written]
+    call = pl.pallas_call(
+        make_kernel(layout, config, form),
+        out_shape=[*out, *places],
+        grid=(pl.cdiv(layout.blocks, config.rows) * pl.cdiv(layout.inner, config.columns),),
+        input_output_aliases={len(inputs) + i: len(out) + i for i in range(len(written))},
+        compiler_params=compiler_params(config.num_warps),
+        interpret=form.interpret,
+        name="gefen_dual_step_fused" if form.fused else "gefen_dual_step",
+    )
+    return call(*inputs, *written)
+
+
+# By the name of a backend: Pallas' Triton dialect, and jax_triton.
+LAUNCHES = {"triton": _pallas_call, "jax_triton": _jax_triton_launch.launch}
+
+
 def dual_step(
     # Their dtypes are checked below, by name.
     g: Num[Array, "*shape"],
@@ -135,6 +163,7 @@ def dual_step(
     weight_decay: Any = 0.0,
     split: SplitWeight | None = None,
     config: DualStepConfig | None = None,
+    backend: Literal["triton", "jax_triton"] = "triton",
     interpret: bool = False,
 ) -> DualStepResult:
     """One step of a leaf with both moments in a byte per element, in one pass over memory.
@@ -169,7 +198,8 @@ def dual_step(
       weight_decay: Likewise; 0 for a leaf without.
       split: What goes with a weight in bfloat16; None for a parameter in one part.
       config: How programs are cut; None takes `dual_step_config`.
-      interpret: Runs without a GPU, slowly.
+      backend: "triton" for Pallas' Triton dialect, "jax_triton" for `jax_triton.triton_call`.
+      interpret: Runs without a GPU, slowly; only of "triton".
 
     Returns:
       The update in the gradient's dtype, or the new parameter in its own, and the new state.
@@ -178,7 +208,7 @@ def dual_step(
       TypeError: for other dtypes than these.
       ValueError: for shapes that are not the layout's, and for ``split`` without ``param``.
       NotImplementedError: for blocks or leaves too large for this kernel, split weights in another
-        dtype than bfloat16, or a jax without the Triton dialect of Pallas.
+        dtype than bfloat16, a jax without the Triton dialect of Pallas, or without jax_triton.
     """
     correction, weight_phase = (None, None) if split is None else split
     leaves = {"g": g, "codes": codes, "param": param, "correction": correction}
@@ -205,18 +235,9 @@ def dual_step(
         jnp.concatenate(words if weight_phase is None else [*words, weight_phase]),
         _tables(codebook),
         g.reshape(shape),
-        *(shaped if form.fused else shaped[1:]),
     ]
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shaped]
     # Never the gradient: whose it is, we do not know, and an alias would then cost a copy.
-    in_place = range(0 if form.fused else 1, len(outputs))
-    call = pl.pallas_call(
-        make_kernel(layout, config, form),
-        out_shape=outputs,
-        grid=(pl.cdiv(layout.blocks, config.rows) * pl.cdiv(layout.inner, config.columns),),
-        input_output_aliases={len(inputs) - len(outputs) + i: i for i in in_place},
-        compiler_params=compiler_params(config.num_warps),
-        interpret=interpret,
-        name="gefen_dual_step_fused" if form.fused else "gefen_dual_step",
-    )
-    return DualStepResult(*(x.reshape(y.shape) for x, y in zip(call(*inputs), old, strict=True)))
+    fresh = 0 if form.fused else 1
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shaped[:fresh]]
+    new = LAUNCHES[backend](layout, config, form, inputs, shaped[fresh:], out)
+    return DualStepResult(*(x.reshape(y.shape) for x, y in zip(new, old, strict=True)))

@@ -45,7 +45,7 @@ def store(ref: Any, at: tuple[Array, ...], value: Array, mask: Array) -> None:
     triton.store(ref.at[at], value.astype(ref.dtype), mask=mask)
 
 
-def _lookup_assembly() -> str:
+def lookup_assembly() -> str:
     """PTX: the lane's own entry by four levels of selections, and one shuffle.
 
     Only the shuffle is left per lookup: the selections are the same for all of a table, and ptxas
@@ -95,7 +95,7 @@ def lookup(table: Table, index: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jnp.asarray(table.entries)[index]
     entries = (jnp.broadcast_to(entry, index.shape) for entry in table.entries)
     (result,) = triton.elementwise_inline_asm(
-        _lookup_assembly(),
+        lookup_assembly(),
         args=[index, *entries],
         constraints="=f,r" + ",f" * LANES,
         pack=1,

@@ -6,6 +6,8 @@ it would decide otherwise (tests/test_kernels.py derives how often: about one in
 """
 
 import functools
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -31,6 +33,7 @@ pytestmark = [
 # Interpreted kernels are large programs, which run for microseconds.
 _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
+_KERNEL = "triton"
 _U = 2.0**-24
 _RATE = 1e-2
 
@@ -94,7 +97,7 @@ def test_fused():
     """Clipped, and with a mask. The parameter is rounded once, its change a few times."""
     arguments = {"max_norm": 1.0, "weight_decay": 0.1, "mask": {k: k == "rows" for k in _KINDS}}
     make = functools.partial(gx.fused_gefen, _RATE, plan=_PLAN, **arguments)
-    expected, ours = (_moved(make(backend=b), _PARAMS) for b in ("xla", "triton"))
+    expected, ours = (_moved(make(backend=b), _PARAMS) for b in ("xla", _KERNEL))
     _assert_same_state(ours[1], expected[1])
     for name, p in expected[0].items():
         change = np.abs(p - _PARAMS[name])
@@ -237,6 +240,14 @@ def test_derivatives_are_refused():
 
     with pytest.raises(NotImplementedError, match="no useful derivative"):
         jax.eval_shape(jax.grad(loss), _GRADS[0])
+
+
+@pytest.mark.parametrize("module", [None, SimpleNamespace(__version_info__=(0, 3, 1))])
+def test_no_jax_triton_or_an_old_one_is_refused(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", module)
+    tx = gx.scale_by_gefen(plan=_PLAN, backend="jax_triton")
+    with pytest.raises(NotImplementedError, match="needs jax-triton 0.4.1 or newer"):
+        jax.eval_shape(tx.update, _GRADS[0], tx.init(_PARAMS))
 
 
 def test_other_devices_are_refused():

@@ -383,12 +383,14 @@ class StepContract:
         found = self.check(case, data)
         assert not np.any(found.scale)
 
-    def test_no_gradient_ever(self):
+    @pytest.mark.parametrize("eps", [0.0, 1e-8])
+    def test_no_gradient_ever(self, eps):
         """A state of zeros stays, and so does the parameter but for its weight decay."""
         case = CASES["rows, fused"]
         data = data_of(case, 0)
         zeros = jax.tree.map(jnp.zeros_like, data.state)
-        found = self.check(case, data._replace(g=data.g * 0, state=zeros))
+        decay = data.decay._replace(eps=jnp.float32(eps), eps_root=jnp.float32(0))
+        found = self.check(case, data._replace(g=data.g * 0, state=zeros, decay=decay))
         assert not np.any(found.scale) and not np.any(found.exponent)
         decayed = np.asarray(data.param) * (1 - _LEARNING_RATE * _WEIGHT_DECAY)
         np.testing.assert_allclose(found.out, decayed, rtol=4 * U)
@@ -415,15 +417,15 @@ class StepContract:
         """A power of two, so that nothing rounds otherwise."""
         case = CASES["rows"]
         data = data_of(case, 0)
-        step = jax.jit(functools.partial(_kernel(case), gradient_factor=0.25))
-        check_equal(case, data, _plain(case)(data._replace(g=data.g * 0.25)), step(data))
+        found = type(self).step(case)(data, gradient_factor=0.25)
+        check_equal(case, data, _plain(case)(data._replace(g=data.g * 0.25)), found)
 
     @pytest.mark.parametrize("config", [DualStepConfig(1, 1, 1), DualStepConfig(8, 4, 8)])
     def test_how_programs_are_cut_does_not_matter(self, config):
         case = CASES["many columns"]
         data = data_of(case, 0)
-        wanted = _interpreted(case)(data)
-        for ours, other in zip(wanted, _interpreted(case, config)(data), strict=True):
+        wanted = type(self).step(case)(data)
+        for ours, other in zip(wanted, type(self).step(case, config)(data), strict=True):
             np.testing.assert_array_equal(ours, other)
 
     def test_zero_stays_whatever_the_fraction_is(self):

@@ -1,0 +1,93 @@
+"""The launch of a dual code's step by `jax_triton.triton_call`, where that package is installed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from pallas_kernels._dual_step import Form
+from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_power_of_two
+
+_OLDEST = (0, 4, 1)  # whose references are written in place
+_WRITTEN = ("param_ptr", "codes_ptr", "scale_ptr", "exponent_ptr", "correction_ptr")
+_OPTIONS = {
+    # Of CUDA 12.8, the first for every Blackwell. Left alone, Triton 3.9 names that of its own
+    # assembler, 9.4; what jax takes instead, of CUDA 13.0 say, refuses it.
+    "ptx_version": 87,
+    "enable_fp_fusion": True,  # as XLA does; the default is about to change
+}
+# Of programs of 16 warps: two fit on a multiprocessor, so that one reads while the other computes.
+_REGISTERS = 64
+
+
+def is_available() -> bool:
+    """Whether there is a jax_triton that will do; it needs Python 3.12 and jax 0.11."""
+    try:
+        import jax_triton  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    return jax_triton.__version_info__ >= _OLDEST
+
+
+def launch(
+    layout: DualLayout,
+    config: DualStepConfig,
+    form: Form,
+    inputs: list[Array],
+    written: list[Array],
+    out: list[jax.ShapeDtypeStruct],
+) -> Sequence[Array]:
+    """What a step writes; all but ``out``, the update, where it was.
+
+    Inputs: scalars, phase, tables, g. Written: the parameter in the fused form, codes, scale,
+    exponent, and a correction if there is one.
+    """
+    if not is_available():
+        raise NotImplementedError(
+            "`backend` 'jax_triton' needs jax-triton 0.4.1 or newer, with Python 3.12 and jax 0.11"
+            " or newer: pip install 'gefen_jax[triton]', or use another backend"
+        )
+    # Here, as it takes time, and is an extra.
+    import jax_triton  # pyright: ignore[reportMissingImports]
+
+    from pallas_kernels._jax_triton import dual_step_kernel
+
+    # A rule for vmap, which triton_call lacks. It also keeps the elimination of dead code away from
+    # the call: jax-triton's rule for that, of 0.4.1, does not take the arguments of jax 0.12.
+    @jax.custom_batching.custom_vmap
+    def call(inputs: list[Array], written: list[Array]) -> list[Array]:
+        refs = [jax.new_ref(x) for x in written]
+        # Where no parameter is given, that pointer is the one to `out`.
+        names = _WRITTEN if form.fused else _WRITTEN[1:]
+        pointers: dict[str, Any] = {"correction_ptr": None} | dict(zip(names, refs, strict=False))
+        new = jax_triton.triton_call(
+            *inputs,
+            **pointers,
+            layout=(layout.blocks, layout.stretches, layout.half, layout.inner),
+            tile=(config.rows, next_power_of_two(layout.pairs), config.columns),
+            fused=form.fused,
+            nesterov=form.nesterov,
+            bits=form.bits,
+            stochastic=form.stochastic,
+            kernel=dual_step_kernel,
+            out_type=out,
+            grid=pl.cdiv(layout.blocks, config.rows) * pl.cdiv(layout.inner, config.columns),
+            num_warps=config.num_warps,
+            num_stages=1,  # there is no loop to pipeline
+            backend_options=_OPTIONS | {"maxnreg": _REGISTERS if config.num_warps > 8 else None},
+            name="gefen_dual_step_fused" if form.fused else "gefen_dual_step",
+        )
+        return [*new, *map(jax.freeze, refs)]
+
+    @call.def_vmap
+    def one_by_one(size: int, batched: Any, *arrays: Any) -> Any:
+        def stacked(x: Array, batched: bool) -> Array:
+            return x if batched else jnp.broadcast_to(x, (size, *x.shape))
+
+        new = jax.lax.map(lambda x: call(*x), jax.tree.map(stacked, arrays, tuple(batched)))
+        return new, [True] * len(new)
+
+    return call(inputs, written)

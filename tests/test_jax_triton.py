@@ -1,0 +1,235 @@
+"""`backend="jax_triton"`: the kernel in the Triton language fulfils the contract of the step.
+
+On a CPU it runs in Triton's interpreter, in the place of `jax_triton.triton_call`; the one thing
+that the interpreter has not, a few lines of assembly, becomes a load there. For CUDA it is compiled
+to PTX by Triton itself, without a GPU.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_backends
+import test_kernels
+from test_kernels import CASES, Case, DualStepConfig, StepContract, _kernel
+
+import gefen_jax as gx
+
+jax_triton = pytest.importorskip(
+    "jax_triton", reason="the extra `triton` is not installed; it needs Python 3.12 or newer"
+)
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from pallas_kernels import _jax_triton  # noqa: E402
+
+
+class _Memory:
+    """A numpy array as Triton's interpreter asks for it: as a tensor of torch on a CPU."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype = array, str(array.dtype)
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "_Memory":
+        return self
+
+    cpu = untyped_storage
+
+    def new_empty(self, *_: Any, **__: Any) -> "_Memory":
+        return self
+
+    def size(self) -> None:
+        """Nothing asks what it is."""
+
+    stride = storage_offset = size
+
+    def set_(self, *_: Any) -> None:
+        """It is the memory itself."""
+
+    copy_ = set_
+
+
+def _pointer(tables_ptr, table: tl.constexpr):
+    return tables_ptr + table * 16
+
+
+def _load_entry(table, index):
+    return tl.load(table + index)
+
+
+# Triton's own is not a function that the interpreter runs, unless the environment said so before
+# Triton was imported.
+def _max(x, axis, keep_dims):
+    return tl.reduce(x, axis, tl.standard._elementwise_max, keep_dims=keep_dims)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """The kernel once more, of functions that Triton's interpreter runs."""
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        spec = importlib.util.spec_from_file_location("interpreted", _jax_triton.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module._read, module._lookup = triton.jit(_pointer), triton.jit(_load_entry)
+        return module.dual_step_kernel, triton.jit(_max)
+
+
+@pytest.fixture(scope="class")
+def on_cpu(interpreted):
+    """What the interpreter makes of the kernel, where `jax_triton.triton_call` is called."""
+    signature = inspect.signature(_jax_triton.dual_step_kernel.fn)
+    (interpreted_kernel, interpreted_max), calls = interpreted, []
+
+    def triton_call(
+        *inputs, kernel, out_type, grid, num_warps, num_stages, name, backend_options=None, **others
+    ):
+        assert kernel is _jax_triton.dual_step_kernel
+        calls.append(name)
+        bound = signature.bind_partial(*inputs, **others).arguments
+        refs = {k: x for k, x in bound.items() if isinstance(x, jax.Ref)}
+        static = {k: x for k, x in bound.items() if not isinstance(x, jax.Array | jax.Ref)}
+        arrays = {k: refs[k][...] if k in refs else x for k, x in bound.items() if k not in static}
+        # The pointer that nobody gave is the output's.
+        (out_name,) = signature.parameters.keys() - bound.keys() or [None]
+        written = [*out_type, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in refs.values())]
+
+        def run(**arrays: Any) -> list[np.ndarray]:
+            memory = {k: np.array(x) for k, x in arrays.items()}
+            if out_name:
+                memory[out_name] = np.zeros(out_type[0].shape, out_type[0].dtype)
+            pointers = {k: _Memory(x) for k, x in memory.items()}
+            with np.errstate(all="ignore"):
+                interpreted_kernel[(grid,)](**pointers, **static)
+            return [memory[k] for k in ([out_name] if out_name else []) + list(refs)]
+
+        new = jax.pure_callback(run, written, **arrays)
+        for ref, x in zip(refs.values(), new[len(out_type) :], strict=True):
+            ref[...] = x
+        return new[: len(out_type)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tl, "max", interpreted_max)
+        patch.setattr(jax_triton, "triton_call", triton_call)
+        yield calls
+
+
+@functools.cache
+def _step(case: Case, config: DualStepConfig | None = None) -> Any:
+    step = functools.partial(_kernel(case, config, interpret=False), backend="jax_triton")
+    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.usefixtures("on_cpu")
+class TestJaxTriton(StepContract):
+    """The Triton language's kernel, interpreted."""
+
+    step = staticmethod(_step)
+
+    # Hundreds of programs, or dozens of runs: the interpreter takes milliseconds for each.
+    test_any_numbers = test_how_programs_are_cut_does_not_matter = None
+    test_zero_stays_whatever_the_fraction_is = None
+    test_is_the_step_of_fused_gefen_with_split_weights = None
+
+    def test_a_part_of_a_leaf(self):
+        """Has the fractions of its place in the whole."""
+        case = CASES["rows"]
+        data = test_kernels.data_of(case, 0)
+        whole = _step(case)(data)
+        part = data._replace(g=data.g[2:], state=jax.tree.map(lambda x: x[2:], data.state))
+        rows = case._replace(layout=dataclasses.replace(case.layout, blocks=3))
+        found = _step(rows)(part, offset=2 * case.layout.period)
+        for ours, wanted in zip(found[:4], whole[:4], strict=True):
+            np.testing.assert_array_equal(ours, wanted[2:])
+
+    def test_an_ensemble_by_vmap(self):
+        """One after the other, with what they share."""
+        case = CASES["rows, fused"]
+        data, other = (test_kernels.data_of(case, seed) for seed in (0, 1))
+
+        def step(g, param):
+            return _step(case)(data._replace(g=g, param=param))
+
+        found = jax.vmap(step)(
+            *(jnp.stack([getattr(x, k) for x in (data, other)]) for k in ("g", "param"))
+        )
+        for i, x in enumerate((data, other)):
+            for ours, wanted in zip(found[:4], step(x.g, x.param)[:4], strict=True):
+                np.testing.assert_array_equal(ours[i], wanted)
+
+    def test_is_a_backend(self, on_cpu, monkeypatch):
+        """Clipped, and with a mask, as in tests/test_backends.py, whose bounds these are."""
+
+        def run_what_is_for_cuda(*args, cuda, cpu=None, **_):
+            return (cpu or cuda)(*args)
+
+        monkeypatch.setattr(jax.lax, "platform_dependent", run_what_is_for_cuda)
+        monkeypatch.setattr(test_backends, "_KERNEL", "jax_triton")
+        on_cpu.clear()
+        test_backends.test_fused()
+        assert on_cpu == ["gefen_dual_step_fused"] * 2  # of dual codes there are two
+
+
+# Lowered, not run --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels that are compiled, as jax's plugin for GPUs would get them; none is needed."""
+    compiled = []
+
+    def kernel(name, num_warps, num_ctas, shared_bytes, ptx, *_):
+        compiled.append(SimpleNamespace(name=name, shared_bytes=shared_bytes, ptx=ptx))
+
+    plugin = SimpleNamespace(
+        get_compute_capability=lambda device: 90,
+        TritonKernel=kernel,
+        TritonKernelCall=lambda *_: SimpleNamespace(to_proto=lambda *_: b""),
+        create_array_parameter=lambda *_: None,
+    )
+    monkeypatch.setattr(jax_triton.triton_lib, "triton_kernel_call_lib", plugin)
+    # Or what is compiled here would be taken elsewhere.
+    monkeypatch.setattr(_jax_triton.dual_step_kernel, "_jT_kernel_cache", {}, raising=False)
+    return compiled
+
+
+@pytest.mark.parametrize("name", ["rows", "stretches", "split, 24 bits"])
+def test_lowers_for_cuda_in_place(name, kernels):
+    """One custom call, which writes all state, and the parameter, where it was."""
+    case = CASES[name]
+    shapes = jax.eval_shape(
+        lambda: test_kernels.data_of(case, 0)._replace(phase=jnp.zeros(2, jnp.uint32))
+    )
+    written = {name: getattr(shapes, name) for name in ("state", "param", "correction")}
+    step = functools.partial(_kernel(case, interpret=False), backend="jax_triton")
+    jitted = jax.jit(lambda written, rest: step(rest._replace(**written)), donate_argnums=0)
+    traced = jitted.trace(written, shapes._replace(**dict.fromkeys(written)))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call_ffi") == 1
+    arrays = len(jax.tree.leaves(written))
+    assert text.count("#stablehlo.output_operand_alias<") == arrays
+    assert text.count("tf.aliasing_output") == arrays
+
+    (kernel,) = kernels
+    assert ".version 8.7" in kernel.ptx and ".target sm_90a" in kernel.ptx
+    # The two maxima of a block may cross warps; entries of tables never do.
+    assert kernel.ptx.count("bar.sync") <= 3
+    assert kernel.ptx.count("shfl.sync.idx") >= 14
+
+
+def test_devices_other_than_cuda_are_refused():
+    tx = gx.scale_by_gefen(plan=test_backends._PLAN, backend="jax_triton")
+    traced = jax.jit(tx.update).trace(test_backends._GRADS[0], tx.init(test_backends._PARAMS))
+    for platform in ("cpu", "tpu", "rocm"):
+        with pytest.raises(NotImplementedError, match=f"platform {platform}"):
+            traced.lower(lowering_platforms=(platform,))

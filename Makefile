@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
+# Of pyproject.toml, for the tests: `EXTRAS=test,triton` adds Triton (1 GB) and its tests.
+EXTRAS ?= test
 
 .PHONY: demo test lint types check bench clean
 
@@ -36,7 +38,7 @@ $(VENV)/.examples: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@ $(VENV)/.examples
 
 clean:

@@ -11,7 +11,7 @@ from gefen_jax._blocks import Shape
 from gefen_jax._chunks import CHUNK
 from gefen_jax._dither import Place
 from gefen_jax._not_differentiable import not_differentiable
-from gefen_jax._shards import shards_of
+from gefen_jax._shards import is_spread, shards_of
 from gefen_jax._specs import Partition, fitting_spec
 from gefen_jax._step import by_equal_runs
 from gefen_jax._types import Kind, Moments, Step
@@ -130,25 +130,28 @@ def update_leaf(
     inside; what has the leaf's shape comes out as the gradient lies, statistics as they came in.
     """
 
-    def update(g: Array, moments: Moments, arrays: dict[str, Any]) -> tuple[Array, Moments]:
-        direction, new = kind.update(g, *_with_tables_apart(moments, Step(**arrays, **static)))
+    def update(leaf: tuple[Array, Moments], arrays: Any, place: Place | None) -> Any:
+        (g, moments), step = leaf, Step(**arrays, **static, place=place)
+        direction, new = kind.update(g, *_with_tables_apart(moments, step))
         return direction.astype(g.dtype), new
 
-    def of_shard(leaf: tuple[Array, Moments], arrays: Any, place: Place | None) -> Any:
-        return update(*leaf, arrays | {"place": place})
+    def whole(leaf: tuple[Array, Moments], arrays: Any, place: Place | None) -> Any:
+        g, _ = leaf
+        mesh = jax.typeof(g).sharding.mesh
+        if not mesh.explicit_axes:
+            return update(leaf, arrays, place)
+        like = jax.tree.map(
+            lambda x: jax.typeof(g if x.shape == g.shape else x).sharding.spec, leaf
+        )
+        with jax.sharding.use_abstract_mesh(mesh):
+            inside: Any = jax.sharding.auto_axes(update, out_sharding=like)
+            return inside(leaf, arrays, place)
 
     shards = shards_of(kind, partition, g, moments)
-    if shards is not None:
-        return shards.map(of_shard, (g, moments), arrays)
-    mesh = jax.typeof(g).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return update(g, moments, arrays)
-    like = jax.tree.map(
-        lambda x: jax.typeof(g if x.shape == g.shape else x).sharding.spec, (g, moments)
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        inside: Any = jax.sharding.auto_axes(update, out_sharding=like)
-        return inside(g, moments, arrays)
+    if shards is None:
+        return whole((g, moments), arrays, None)
+    direction, new = shards.map(update, (g, moments), arrays, whole=whole)
+    return shards.back_home(direction), new
 
 
 def laid_out_like(like: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -193,5 +196,4 @@ def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
 
 def _on_a_mesh(x: Array) -> bool:
     """Whether an array is spread over several devices, as far as tracing can know."""
-    mesh = jax.typeof(x).sharding.mesh
-    return mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual}
+    return is_spread(jax.typeof(x).sharding.mesh)

@@ -49,11 +49,15 @@ def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, r
         direction, new = kind.update(g, moments, step)
         return move(weight, direction, positions(g.shape, step.place), step), new
 
+    def whole(leaf: Any, shared: Any, place: Place | None) -> tuple[Weight, Moments]:
+        return laid_out_like(leaf[0].high, step_here, leaf, shared, place)
+
     shards = shards_of(kind, partition, weight.high, moments)
     args = (weight, g, moments), (arrays, phase), place
-    if shards is not None:
-        return shards.map(step_here, *args)
-    return laid_out_like(weight.high, step_here, *args)
+    if shards is None:
+        return whole(*args)
+    weight, moments = shards.map(step_here, *args, whole=whole)
+    return weight._replace(high=shards.back_home(weight.high)), moments
 
 
 class _Move(NamedTuple):

@@ -99,7 +99,10 @@ def in_best_form(
         # temporaries of all of them; loops run one after the other.
         large = form(on_gpu or advance, min(GPU_CHUNK, g.size // 2))
         return jax.lax.platform_dependent(
-            *args, cpu=form(advance, CHUNK), **dict.fromkeys(_GPUS, large), default=whole
+            *_varying_alike(args),
+            cpu=form(advance, CHUNK),
+            **dict.fromkeys(_GPUS, large),
+            default=whole,
         )
 
     g, state = not_differentiable((g, state), NO_DERIVATIVE)
@@ -144,7 +147,7 @@ def update_leaf(
             lambda x: jax.typeof(g if x.shape == g.shape else x).sharding.spec, leaf
         )
         with jax.sharding.use_abstract_mesh(mesh):
-            inside: Any = jax.sharding.auto_axes(update, out_sharding=like)
+            inside: Any = jax.sharding.auto_axes(update, axes=mesh.explicit_axes, out_sharding=like)
             return inside(leaf, arrays, place)
 
     shards = shards_of(kind, partition, g, moments)
@@ -168,7 +171,8 @@ def laid_out_like(like: Any, function: Callable[..., Any], *args: Any) -> Any:
         lambda x: fitting_spec(spec, x.shape, mesh), jax.eval_shape(function, *shapes)
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
+        inside = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=specs)
+        return inside(*args)
 
 
 NO_DERIVATIVE = (
@@ -192,6 +196,24 @@ def apart(tree: Any) -> Any:
 def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
     moments, tables = apart((moments, tuple(getattr(step, name) for name in _TABLES)))
     return moments, step._replace(**dict(zip(_TABLES, tables, strict=True)))
+
+
+def _varying_alike(tree: Any) -> Any:
+    """The same, varying over the same Manual axes: what a loop carries must not come to vary.
+
+    In a `jax.shard_map` a fresh state is the same everywhere, and the gradient is not.
+    """
+
+    def axes_of(x: Array) -> frozenset[str]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    axes = frozenset().union(*map(axes_of, jax.tree.leaves(tree)))
+
+    def cast(x: Array) -> Array:
+        missing = tuple(sorted(axes - axes_of(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
 
 
 def _on_a_mesh(x: Array) -> bool:

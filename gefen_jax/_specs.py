@@ -21,12 +21,19 @@ class Partition(NamedTuple):
     # The entries of the PartitionSpec, without the Nones at its end.
     spec: tuple[str | tuple[str, ...] | None, ...]
 
+    def share(self, shape: Shape) -> Shape:
+        """What a device has of an array of this shape, which is even."""
+        # JAX's own `shard_shape` does not know meshes of which only some axes are Manual.
+        sizes = dict(self.mesh)
+        parts = [math.prod(sizes[name] for name in _several(names)) for names in self.spec]
+        return tuple(d // n for d, n in itertools.zip_longest(shape, parts, fillvalue=1))
+
     def local(self, shape: Shape, mesh: Mesh | AbstractMesh) -> Shape | None:
-        """What a device has of an array of this shape; None on another mesh, or if uneven."""
+        """The same; None on another mesh, or if uneven."""
         spec = PartitionSpec(*self.spec)
         if self.mesh != tuple(mesh.shape.items()) or fitting_spec(spec, shape, mesh) != spec:
             return None
-        return _shard_shape(NamedSharding(mesh, spec), shape)
+        return self.share(shape)
 
     def on(self, axes: Iterable[str]) -> "Partition":
         """What these axes of the mesh have in it."""
@@ -119,22 +126,14 @@ def shares(
 ) -> dict[str, Share]:
     """What a device has of every parameter, by path."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    found = shardings(params, specs, mesh)
+    found = map(partition_of, shardings(params, specs, mesh))
     return {
         path_name(path): Share(
-            jnp.shape(x) if sharding is None else _shard_shape(sharding, jnp.shape(x)),
-            None if specs is None and _is_partly_known(x) else partition_of(sharding),
+            jnp.shape(x) if partition is None else partition.share(jnp.shape(x)),
+            None if specs is None and _is_partly_known(x) else partition,
         )
-        for (path, x), sharding in zip(flat, found, strict=True)
+        for (path, x), partition in zip(flat, found, strict=True)
     }
-
-
-def _shard_shape(sharding: NamedSharding, shape: Shape) -> Shape:
-    """What a device has of an array that this divides."""
-    # JAX's own does not know meshes of which only some axes are Manual.
-    sizes = sharding.mesh.shape
-    parts = [math.prod(sizes[name] for name in _several(names)) for names in sharding.spec]
-    return tuple(d // n for d, n in itertools.zip_longest(shape, parts, fillvalue=1))
 
 
 def _own_sharding(x: Any) -> NamedSharding | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
@@ -128,9 +128,7 @@ def update_leaf(
 ) -> tuple[Array, Moments]:
     """The update of a leaf, in the gradient's dtype, and its moments, on any mesh.
 
-    Where no block crosses shards every device steps its own. Else, on a mesh with Explicit axes,
-    where JAX refuses to split a sharded axis into such blocks, the compiler chooses the shardings
-    inside; what has the leaf's shape comes out as the gradient lies, statistics as they came in.
+    Where no block crosses shards every device steps its own; else the compiler steps the leaf.
     """
 
     def update(leaf: tuple[Array, Moments], arrays: Any, place: Place | None) -> Any:
@@ -139,22 +137,33 @@ def update_leaf(
         return direction.astype(g.dtype), new
 
     def whole(leaf: tuple[Array, Moments], arrays: Any, place: Place | None) -> Any:
-        g, _ = leaf
-        mesh = jax.typeof(g).sharding.mesh
-        if not mesh.explicit_axes:
-            return update(leaf, arrays, place)
-        like = jax.tree.map(
-            lambda x: jax.typeof(g if x.shape == g.shape else x).sharding.spec, leaf
-        )
-        with jax.sharding.use_abstract_mesh(mesh):
-            inside: Any = jax.sharding.auto_axes(update, axes=mesh.explicit_axes, out_sharding=like)
-            return inside(leaf, arrays, place)
+        return by_the_compiler(update, leaf[0], leaf, leaf, arrays, place)
 
     shards = shards_of(kind, partition, g, moments)
     if shards is None:
         return whole((g, moments), arrays, None)
     direction, new = shards.map(update, (g, moments), arrays, whole=whole)
     return shards.back_home(direction), new
+
+
+def by_the_compiler(function: Callable[..., Any], like: Array, results: Any, *args: Any) -> Any:
+    """``function(*args)`` on any mesh, of a leaf whose blocks may cross shards.
+
+    With Explicit axes, where JAX refuses to split a sharded axis into such blocks, the compiler
+    chooses the shardings inside. What comes out lies as ``results``, arrays of the same shapes, do;
+    in place of what nobody placed, as ``like`` does.
+    """
+    sharding = jax.typeof(like).sharding
+    if not sharding.mesh.explicit_axes:
+        return function(*args)
+
+    def spec(x: Array) -> PartitionSpec:
+        own = jax.typeof(x).sharding.spec
+        return own if any(own) else fitting_spec(sharding.spec, x.shape, sharding.mesh)
+
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        specs, axes = jax.tree.map(spec, results), sharding.mesh.explicit_axes
+        return jax.sharding.auto_axes(function, axes=axes, out_sharding=specs)(*args)
 
 
 def laid_out_like(like: Any, function: Callable[..., Any], *args: Any) -> Any:

@@ -351,6 +351,30 @@ def test_positions_of_a_part(local):
     np.testing.assert_array_equal(distances, part.ravel() - part.flat[0])
 
 
+@pytest.mark.parametrize("cut", ["across blocks", "between blocks"])
+@pytest.mark.parametrize("make", [gx.gefen, gx.fused_gefen])
+def test_zero_1_on_explicit_axes_leaves_everything_where_it_is(make, cut):
+    """Stepped by every device or, where blocks cross shards, by the compiler."""
+    mesh = _mesh({"data": 8}, _EXPLICIT)
+    spec = P("data", None) if cut == "between blocks" else P(None, "data")
+
+    def struct(spec):
+        return jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    params = {"w": struct(P(None, None))}
+    tx = make(_RATE, plan=gx.plan_by_shape(params))
+    where = gx.state_sharding(_only_init(tx), {"w": struct(spec)})
+    state = jax.tree.map(
+        lambda x, s: x.update(sharding=s),
+        jax.eval_shape(tx.init, {"w": np.zeros((64, 512))}),
+        where,
+    )
+    new_params, new_state, _ = jax.eval_shape(jax.jit(_step(tx)), params, state, params)
+    assert new_params["w"].sharding.spec == P(None, None)
+    for x, s in zip(jax.tree.leaves(new_state), jax.tree.leaves(where), strict=True):
+        assert x.sharding.spec == s.spec
+
+
 @pytest.mark.parametrize("name", ["gefen", "fused"])
 def test_temporaries_are_those_of_a_leaf_like_the_shard(name):
     def temporaries(params, plan):

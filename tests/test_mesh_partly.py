@@ -19,6 +19,8 @@ from simulate_mesh import collectives
 
 import gefen_jax as gx
 from gefen_jax import _backend
+from gefen_jax._fused_leaf import _step_jitted
+from gefen_jax._transform import _update_leaf
 
 _AUTO, _EXPLICIT = AxisType.Auto, AxisType.Explicit
 _SHAPE, _LOCAL = (64, 512), (32, 512)
@@ -29,11 +31,16 @@ _TYPES = [(_AUTO, _AUTO), (_EXPLICIT, _EXPLICIT), (_AUTO, _EXPLICIT), (_EXPLICIT
 @pytest.fixture(autouse=True, scope="module")
 def small_pieces() -> Iterator[None]:
     """Shards of these tests are a few thousand elements."""
+
+    def forget() -> None:
+        for jitted in (_update_leaf, _step_jitted):  # they know the leaves with other pieces
+            jitted.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_backend, "CHUNK", 1024)
-        jax.clear_caches()  # the leaves are known with other pieces
+        forget()
         yield
-    jax.clear_caches()
+    forget()
 
 
 def _mesh(types: tuple[AxisType, AxisType], shape: tuple[int, int] = (2, 4)) -> Mesh:
@@ -79,12 +86,10 @@ def _adamw(types: tuple[AxisType, AxisType]) -> list[Any]:
 
 
 @functools.cache
-def _on_one_device(make: Any, plan: gx.Plan, in_one: bool = False) -> np.ndarray:
-    """Of each half along x."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_backend, "CHUNK", 1 << 30 if in_one else _backend.CHUNK)
-        step = jax.jit(functools.partial(_step, make(1e-2, plan=plan)))
-        return np.concatenate([step({"w": part}) for part in np.split(_grads()["w"], 2)])
+def _on_one_device(make: Any, plan: gx.Plan) -> np.ndarray:
+    """Of each half along x. In dual code pieces give the bits of the whole."""
+    step = jax.jit(functools.partial(_step, make(1e-2, plan=plan)))
+    return np.concatenate([step({"w": part}) for part in np.split(_grads()["w"], 2)])
 
 
 _MAKE = [(gx.gefen, types) for types in _TYPES] + [(gx.fused_gefen, _TYPES[2])]
@@ -106,7 +111,7 @@ def test_whole_where_blocks_cross_shards(types):
     plan = gx.plan_by_shape(_struct())  # rows of 256, of which y cuts 128
     step, grads = _compiled(gx.gefen(1e-2, plan=plan), _mesh(types))
     assert " while(" not in step.as_text()
-    np.testing.assert_array_equal(step(grads), _on_one_device(gx.gefen, plan, in_one=True))
+    np.testing.assert_array_equal(step(grads), _on_one_device(gx.gefen, plan))
 
 
 def test_an_axis_of_one_device_is_no_cut():
@@ -149,5 +154,5 @@ def test_an_ensemble_on_axes_of_two_types():
     step = functools.partial(_step, gx.gefen(1e-2, plan=plan))
     compiled = jax.jit(jax.vmap(step)).lower(grads).compile()
     assert " while(" not in compiled.as_text() and collectives(compiled.as_text()) == []
-    expected = _on_one_device(gx.gefen, plan, in_one=True)
+    expected = _on_one_device(gx.gefen, plan)
     np.testing.assert_array_equal(compiled(grads), expected.reshape(2, *_LOCAL))

@@ -4,17 +4,18 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
 from gefen_jax._chunks import Chunk
 from gefen_jax._dither import Place
 from gefen_jax._not_differentiable import not_differentiable
-from gefen_jax._shards import shards_of
+from gefen_jax._shards import is_spread, shards_of
 from gefen_jax._specs import Partition, fitting_spec
 from gefen_jax._step import by_equal_runs
 from gefen_jax._types import Kind, Moments, Step
+from gefen_jax._varying import varying_alike
 
 _KERNELS = ("triton", "jax_triton")
 BACKENDS = ("xla", *_KERNELS)
@@ -104,7 +105,7 @@ def in_best_form(
         large = form(on_gpu or advance, Chunk(min(GPU_CHUNK, g.size // 2)))
         small = form(advance, Chunk(CHUNK, narrow_in_place=False))
         return jax.lax.platform_dependent(
-            *args, cpu=small, **dict.fromkeys(_GPUS, large), default=whole
+            *varying_alike(args), cpu=small, **dict.fromkeys(_GPUS, large), default=whole
         )
 
     g, state = not_differentiable((g, state), NO_DERIVATIVE)
@@ -130,30 +131,42 @@ def update_leaf(
 ) -> tuple[Array, Moments]:
     """The update of a leaf, in the gradient's dtype, and its moments, on any mesh.
 
-    Where no block crosses shards every device steps its own. Else, on a mesh with Explicit axes,
-    where JAX refuses to split a sharded axis into such blocks, the compiler chooses the shardings
-    inside; what has the leaf's shape comes out as the gradient lies, statistics as they came in.
+    Where no block crosses shards every device steps its own; else the compiler steps the leaf.
     """
 
-    def update(g: Array, moments: Moments, arrays: dict[str, Any]) -> tuple[Array, Moments]:
-        direction, new = kind.update(g, *_with_tables_apart(moments, Step(**arrays, **static)))
+    def update(leaf: tuple[Array, Moments], arrays: Any, place: Place | None) -> Any:
+        (g, moments), step = leaf, Step(**arrays, **static, place=place)
+        direction, new = kind.update(g, *_with_tables_apart(moments, step))
         return direction.astype(g.dtype), new
 
-    def of_shard(leaf: tuple[Array, Moments], arrays: Any, place: Place | None) -> Any:
-        return update(*leaf, arrays | {"place": place})
+    def whole(leaf: tuple[Array, Moments], arrays: Any, place: Place | None) -> Any:
+        return by_the_compiler(update, leaf[0], leaf, leaf, arrays, place)
 
     shards = shards_of(kind, partition, g, moments)
-    if shards is not None:
-        return shards.map(of_shard, (g, moments), arrays)
-    mesh = jax.typeof(g).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return update(g, moments, arrays)
-    like = jax.tree.map(
-        lambda x: jax.typeof(g if x.shape == g.shape else x).sharding.spec, (g, moments)
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        inside: Any = jax.sharding.auto_axes(update, out_sharding=like)
-        return inside(g, moments, arrays)
+    if shards is None:
+        return whole((g, moments), arrays, None)
+    direction, new = shards.map(update, (g, moments), arrays, whole=whole)
+    return shards.back_home(direction), new
+
+
+def by_the_compiler(function: Callable[..., Any], like: Array, results: Any, *args: Any) -> Any:
+    """``function(*args)`` on any mesh, of a leaf whose blocks may cross shards.
+
+    With Explicit axes, where JAX refuses to split a sharded axis into such blocks, the compiler
+    chooses the shardings inside. What comes out lies as ``results``, arrays of the same shapes, do;
+    in place of what nobody placed, as ``like`` does.
+    """
+    sharding = jax.typeof(like).sharding
+    if not sharding.mesh.explicit_axes:
+        return function(*args)
+
+    def spec(x: Array) -> PartitionSpec:
+        own = jax.typeof(x).sharding.spec
+        return own if any(own) else fitting_spec(sharding.spec, x.shape, sharding.mesh)
+
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        specs, axes = jax.tree.map(spec, results), sharding.mesh.explicit_axes
+        return jax.sharding.auto_axes(function, axes=axes, out_sharding=specs)(*args)
 
 
 def laid_out_like(like: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -170,7 +183,8 @@ def laid_out_like(like: Any, function: Callable[..., Any], *args: Any) -> Any:
         lambda x: fitting_spec(spec, x.shape, mesh), jax.eval_shape(function, *shapes)
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
+        inside = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=specs)
+        return inside(*args)
 
 
 NO_DERIVATIVE = (
@@ -198,5 +212,4 @@ def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
 
 def _on_a_mesh(x: Array) -> bool:
     """Whether an array is spread over several devices, as far as tracing can know."""
-    mesh = jax.typeof(x).sharding.mesh
-    return mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual}
+    return is_spread(jax.typeof(x).sharding.mesh)

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from gefen_jax._blocks import FlatView
 from gefen_jax._paired_pieces import PairedPiece
 from gefen_jax._pieces import Carry, Piece, over_pieces
+from gefen_jax._varying import varying_alike
 
 
 class Chunk(NamedTuple):
@@ -63,6 +64,7 @@ def map_pieces(
     narrow = () if chunk.narrow_in_place else (jnp.bfloat16, jnp.float16)
     kept = {i: x for i, x in enumerate(old) if x.dtype in narrow}
     start = [jax.lax.empty(x.shape, jnp.uint16) if i in kept else x for i, x in enumerate(old)]
+    start, _ = varying_alike((start, old))
 
     def body(piece: Piece, arrays: list[Array]) -> list[Array]:
         tied, (part, kept_part) = piece.tied((fixed, kept))

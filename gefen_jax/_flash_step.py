@@ -24,6 +24,7 @@ from gefen_jax._dither import dither, positions
 from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._pieces import Piece, over_pieces
 from gefen_jax._types import Decay, Step
+from gefen_jax._varying import varying_alike
 
 GROUP = 32
 
@@ -194,7 +195,7 @@ def _encoded_in_pieces(
     # New scales are arrays of their own. If they replaced those that are read, XLA would copy them
     # at every turn, to have the old ones while it computes the codes.
     start = tuple(Coded(flat(x.code), jnp.zeros(view.stats_shape, jnp.float32)) for x in kept)
-    new = over_pieces(view, body, start, chunk.size)
+    new = over_pieces(view, body, varying_alike((start, flat_g))[0], chunk.size)
     return jax.tree.map(lambda x, old: x.reshape(old.shape), new, kept)
 
 

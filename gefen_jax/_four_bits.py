@@ -14,17 +14,27 @@ from jaxtyping import Array, UInt8
 from gefen_jax._blocks import Cut, Shape, make_block
 
 GROUP = 64
+_LEAST = 16  # with a scale for fewer elements, 4 bits would be hardly less than 8
 
 
-def group_block(shape: Shape, block: Shape) -> Shape:
-    """The group of a leaf: a run of 64 along that axis of a block which costs the fewest bytes."""
+def group_block(shape: Shape, block: Shape, local: Shape) -> Shape:
+    """The group of a leaf: a run of 64 along that axis of a block which costs the fewest bytes.
+
+    Where ``local``, what a device has of the leaf, is not so many times 64, the largest group that
+    divides it, if there is one of 16 or more; and no byte has codes of two devices.
+    """
+
+    def run(axis: int) -> int:
+        d, here = shape[axis], local[axis]
+        fitting = [n for n in range(_LEAST, GROUP + 1) if here % n == 0 and here % 2 == 0]
+        return fitting[-1] if here < d and fitting else min(GROUP, d)
 
     def cost(axis: int) -> tuple[float, int]:
         d = shape[axis]
-        return (-(-d // 2) + 4 * -(-d // GROUP)) / d, -axis  # of equal ones the last
+        return (-(-d // 2) + 4 * -(-d // run(axis))) / d, -axis  # of equal ones the last
 
     axis = min((a for a, b in enumerate(block) if b > 1), key=cost)
-    return make_block(shape, Cut(axis, axis, min(GROUP, shape[axis])))
+    return make_block(shape, Cut(axis, axis, run(axis)))
 
 
 def packed_shape(shape: Shape, axis: int) -> Shape:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from gefen_jax._backend import laid_out_like
+from gefen_jax._backend import by_the_compiler
 from gefen_jax._dither import Place, dither, positions
 from gefen_jax._release_part import Part
 from gefen_jax._shards import shards_of
@@ -49,11 +49,16 @@ def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, r
         direction, new = kind.update(g, moments, step)
         return move(weight, direction, positions(g.shape, step.place), step), new
 
+    def whole(leaf: Any, shared: Any, place: Place | None) -> tuple[Weight, Moments]:
+        weight, _, moments = leaf
+        return by_the_compiler(step_here, weight.high, (weight, moments), leaf, shared, place)
+
     shards = shards_of(kind, partition, weight.high, moments)
     args = (weight, g, moments), (arrays, phase), place
-    if shards is not None:
-        return shards.map(step_here, *args)
-    return laid_out_like(weight.high, step_here, *args)
+    if shards is None:
+        return whole(*args)
+    weight, moments = shards.map(step_here, *args, whole=whole)
+    return weight._replace(high=shards.back_home(weight.high)), moments
 
 
 class _Move(NamedTuple):

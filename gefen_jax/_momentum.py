@@ -73,16 +73,18 @@ class Storage:
     block: Shape | None
 
 
-def storage_for(kind: Kind, shape: Shape, bits: int) -> Storage:
+def storage_for(kind: Kind, shape: Shape, bits: int, local: Shape | None = None) -> Storage:
     """The storage of a leaf from its kind in the plan and the wanted bits.
 
     Args:
       kind: The leaf's kind: `Exact` keeps float32, one with a block of its own lends it.
       shape: The leaf's shape.
       bits: 4, 8 or 32.
+      local: What a device of the plan's mesh has of the leaf; None for all of it.
 
     Returns:
-      Its `Storage`. 4 bits have groups of 64 along an axis of the block.
+      Its `Storage`. 4 bits have groups of 64 along an axis of the block, or smaller ones that fit
+      ``local``.
 
     Examples:
       >>> from gefen_jax import SharedBlocks
@@ -97,7 +99,7 @@ def storage_for(kind: Kind, shape: Shape, bits: int) -> Storage:
     if bits == 32 or isinstance(kind, Exact) or (block is None and block_size(shape) <= SMALL_LEAF):
         return Storage(32, None)
     block = block_by_shape(shape) if block is None else block
-    return Storage(bits, block if bits == 8 else group_block(shape, block))
+    return Storage(bits, block if bits == 8 else group_block(shape, block, local or shape))
 
 
 def init(shape: Shape, storage: Storage) -> Momentum:

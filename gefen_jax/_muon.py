@@ -104,8 +104,8 @@ def gefen_muon(
         means that all matrices go to Muon.
       consistent_rms: If given, the factor is ``consistent_rms * sqrt(max(n_in, n_out))``: 0.2
         makes updates as large as AdamW's (Liu et al.).
-      plan: From `calibrate`, for all parameters; or None for blocks by shape and a built-in
-        codebook.
+      plan: From `calibrate` or `plan_by_shape`, for all parameters; or None for blocks by shape and
+        a built-in codebook.
       bits: Bits of Muon's momentum per element: 8; 4, whose rounding can be seen in the loss; or
         32, Muon itself.
 

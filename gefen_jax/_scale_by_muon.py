@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers
 
 from gefen_jax._builtin import builtin_codebook
-from gefen_jax._candidates import kinds_by_shape
 from gefen_jax._constants import LEVELS
 from gefen_jax._dither import leaf_phases
 from gefen_jax._encoder import lookup_is_exact, make_encoder
@@ -44,7 +42,7 @@ from gefen_jax._newton_schulz import (
 )
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
 from gefen_jax._plan import Plan
-from gefen_jax._transform import check_number
+from gefen_jax._transform import check_number, kinds_of
 from gefen_jax._untrained import Untrained
 
 Coefficients = str | Sequence[Any] | ArrayLike
@@ -109,26 +107,28 @@ def _update_leaf(g, momentum, scalars, coder, coefficients, *, storage, axes, re
     step: Callable[..., Any] = functools.partial(
         _step_leaf, storage=storage, axes=axes, recipe=recipe
     )
-    if AxisType.Explicit in jax.typeof(g).sharding.mesh.axis_types:
+    mesh = jax.typeof(g).sharding.mesh
+    if mesh.explicit_axes:
         # The product of a matrix and its transpose has no sharding that Explicit axes would
         # choose: the compiler does, as it does on Auto axes.
         shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (g, momentum))
-        step = jax.sharding.auto_axes(step, out_sharding=shardings)
+        step = jax.sharding.auto_axes(step, axes=mesh.explicit_axes, out_sharding=shardings)
     return step(g, momentum, scalars, coder, coefficients)
 
 
 def _storages(specs: list[LeafSpec], plan: Plan | None, bits: int) -> list[Storage | None]:
     """The storage of every leaf; None where there is nothing to train."""
-    if plan is None:
-        kinds = {path: kind for path, (kind, _) in kinds_by_shape(specs).items()}
-    else:
-        kinds = plan.kinds(specs)
-    return [
-        None
-        if not s.trained or isinstance(kinds[s.path], Untrained)
-        else storage_for(kinds[s.path], s.shape, bits)
-        for s in specs
-    ]
+    kinds = kinds_of(specs, plan)
+
+    def storage(spec: LeafSpec) -> Storage | None:
+        kind = kinds[spec.path]
+        if not spec.trained or isinstance(kind, Untrained):
+            return None
+        partition = None if plan is None else plan[spec.path].partition
+        local = None if partition is None else partition.share(spec.shape)
+        return storage_for(kind, spec.shape, bits, local)
+
+    return [storage(spec) for spec in specs]
 
 
 def _describe(tree: Any) -> str:
@@ -195,8 +195,8 @@ def scale_by_gefen_muon(
       weight_dimension_numbers: `optax.contrib.MuonDimensionNumbers` that say which axes are
         input and output: a tree like the parameters, a prefix of it, or a function of them. None,
         there or for a leaf, means a matrix.
-      plan: From `calibrate`: blocks, and for 8 bits the codebook. None for blocks by shape and a
-        built-in codebook.
+      plan: From `calibrate` or `plan_by_shape`: blocks, for 8 bits the codebook, and on a mesh
+        blocks and groups that cross no shards. None for blocks by shape and a built-in codebook.
       bits: 8; 4, groups of 64 with sixteen levels, whose rounding can be seen in the loss (see
         `gefen_muon`); or 32, a momentum in float32.
 

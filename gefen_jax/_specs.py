@@ -1,12 +1,14 @@
 """Where parameters lie on a mesh, and arrays that belong to them: statistics of their blocks."""
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from gefen_jax._blocks import Shape
 from gefen_jax._paths import path_name
@@ -19,22 +21,55 @@ class Partition(NamedTuple):
     # The entries of the PartitionSpec, without the Nones at its end.
     spec: tuple[str | tuple[str, ...] | None, ...]
 
+    def share(self, shape: Shape) -> Shape:
+        """What a device has of an array of this shape, which is even."""
+        # JAX's own `shard_shape` does not know meshes of which only some axes are Manual.
+        sizes = dict(self.mesh)
+        parts = [math.prod(sizes[name] for name in _several(names)) for names in self.spec]
+        return tuple(d // n for d, n in itertools.zip_longest(shape, parts, fillvalue=1))
+
     def local(self, shape: Shape, mesh: Mesh | AbstractMesh) -> Shape | None:
-        """What a device has of an array of this shape; None on another mesh, or if uneven."""
+        """The same; None on another mesh, or if uneven."""
         spec = PartitionSpec(*self.spec)
         if self.mesh != tuple(mesh.shape.items()) or fitting_spec(spec, shape, mesh) != spec:
             return None
-        return NamedSharding(mesh, spec).shard_shape(shape)
+        return self.share(shape)
+
+    def on(self, axes: Iterable[str]) -> "Partition":
+        """What these axes of the mesh have in it."""
+        return Partition(self.mesh, partition_spec(self.spec, axes))
+
+    def refines(self, coarser: "Partition") -> bool:
+        """Whether what a device has of an array is a part of what it has by the coarser one."""
+        pairs = itertools.zip_longest(self.spec, coarser.spec)
+        names = ((_several(fine), _several(coarse)) for fine, coarse in pairs)
+        return all(fine[: len(coarse)] == coarse for fine, coarse in names)
+
+
+def partition_spec(spec: Iterable[Any], axes: Iterable[str]) -> tuple[Any, ...]:
+    """The entries of a spec with these axes of the mesh only, without the Nones at its end."""
+    kept, entries = set(axes), []
+    for names in spec:
+        here = tuple(name for name in _several(names) if name in kept)
+        entries.append(here if len(here) > 1 else here[0] if here else None)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return tuple(entries)
 
 
 def partition_of(sharding: NamedSharding | None) -> Partition | None:
     """How arrays of this sharding are cut; None if it is not known."""
     if sharding is None:
         return None
-    entries = list(sharding.spec)
-    while entries and entries[-1] is None:
-        entries.pop()
-    return Partition(tuple(sharding.mesh.shape.items()), tuple(entries))
+    mesh = sharding.mesh
+    return Partition(tuple(mesh.shape.items()), partition_spec(sharding.spec, mesh.axis_names))
+
+
+def _several(names: Any) -> tuple[str, ...]:
+    """An entry of a spec as names of the mesh's axes."""
+    if names is None or names is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return names if isinstance(names, tuple) else (names,)
 
 
 def fitting_spec(spec: PartitionSpec, shape: Shape, mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -52,9 +87,7 @@ def fitting_spec(spec: PartitionSpec, shape: Shape, mesh: Mesh | AbstractMesh) -
 
 
 def _fitting(names: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
-    several = names if isinstance(names, tuple) else (names,)
-    if names is None or names is PartitionSpec.UNCONSTRAINED:
-        return None
+    several = _several(names)
     for n in range(len(several), 0, -1):
         if size % math.prod(mesh.shape[name] for name in several[:n]) == 0:
             return names if n == len(several) else several[0] if n == 1 else several[:n]
@@ -93,22 +126,26 @@ def shares(
 ) -> dict[str, Share]:
     """What a device has of every parameter, by path."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    found = shardings(params, specs, mesh)
+    found = map(partition_of, shardings(params, specs, mesh))
     return {
         path_name(path): Share(
-            jnp.shape(x) if sharding is None else sharding.shard_shape(jnp.shape(x)),
-            partition_of(sharding),
+            jnp.shape(x) if partition is None else partition.share(jnp.shape(x)),
+            None if specs is None and _is_partly_known(x) else partition,
         )
-        for (path, x), sharding in zip(flat, found, strict=True)
+        for (path, x), partition in zip(flat, found, strict=True)
     }
 
 
 def _own_sharding(x: Any) -> NamedSharding | None:
     sharding = getattr(x, "sharding", None)
-    # A tracer tells the axes that are Explicit; on Auto ones nobody knows before compilation.
-    if isinstance(x, Tracer) and AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+    if isinstance(x, Tracer) and jax.typeof(x).sharding.mesh.explicit_axes:
         sharding = jax.typeof(x).sharding
     return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _is_partly_known(x: Any) -> bool:
+    """A tracer tells the axes that are Explicit; on Auto ones nobody knows before compilation."""
+    return isinstance(x, Tracer) and bool(jax.typeof(x).sharding.mesh.auto_axes)
 
 
 def _is_spec(node: Any) -> bool:

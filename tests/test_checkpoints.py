@@ -1,7 +1,7 @@
 """Checkpoints: a run goes on to the last bit, on any mesh, and nothing that does not fit passes.
 
 Through orbax, flax's msgpack and NumPy; with the dual code, which `gefen` has by default, and with
-shared blocks. What a plan holds is saved beside the state as JSON.
+shared blocks; orbax with `optax.adamw`, too. What a plan holds is saved beside the state as JSON.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import io
 import json
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,15 @@ _PLANS: dict[str, gx.Plan | None] = {
 }
 
 
+_MAKE: dict[str, Callable[..., Any]] = {
+    **{name: functools.partial(gx.gefen, plan=plan) for name, plan in _PLANS.items()},
+    "adamw": optax.adamw,
+}
+
+
 @functools.cache
 def _optimizer(name: str) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), gx.gefen(_RATE, weight_decay=0.1, plan=_PLANS[name])
-    )
+    return optax.chain(optax.clip_by_global_norm(1.0), _MAKE[name](_RATE, weight_decay=0.1))
 
 
 @functools.cache
@@ -120,7 +125,7 @@ def _restore(manager, params, state):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("name", _PLANS)
+@pytest.mark.parametrize("name", _MAKE)
 def test_orbax(tmp_path, name, asynchronous):
     params = _params()
     now = _train(name, params, _optimizer(name).init(params), range(3))
@@ -221,11 +226,11 @@ def _mesh(devices: int) -> jax.sharding.Mesh:
     )
 
 
-def _placed(devices: int) -> Any:
+def _placed(name: str, devices: int) -> Any:
     """Shapes with shardings, of parameters and state."""
-    mesh, (params, state) = _mesh(devices), _fresh("no plan")
+    mesh, (params, state) = _mesh(devices), _fresh(name)
     at = jax.tree.map(lambda s: NamedSharding(mesh, s), _SPECS, is_leaf=lambda x: isinstance(x, P))
-    shardings = gx.state_sharding(_optimizer("no plan"), params, at)
+    shardings = gx.state_sharding(_optimizer(name), params, at)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         (params, state),
@@ -233,20 +238,21 @@ def _placed(devices: int) -> Any:
     )
 
 
-def test_onto_other_meshes(tmp_path):
-    now = _run("no plan", 3)
+@pytest.mark.parametrize("name", ["no plan", "adamw"])
+def test_onto_other_meshes(tmp_path, name):
+    now = _run(name, 3)
     for hop, devices in enumerate((8, 4, 1, 8)):
-        like = _placed(devices)
+        like = _placed(name, devices)
         with _manager(tmp_path / str(hop)) as manager:
             _save(manager, 3, *now)
             now = _restore(manager, *like)
-        _assert_same(now, _run("no plan", 3))
+        _assert_same(now, _run(name, 3))
         for x, expected in zip(jax.tree.leaves(now), jax.tree.leaves(like), strict=True):
             assert x.sharding == expected.sharding
     # Sums over eight devices round otherwise: the loss, not the bits.
-    params, _ = _train("no plan", *now, range(3, 6))
+    params, _ = _train(name, *now, range(3, 6))
     x = _normal(99, 64, 32)
-    expected = _loss(_run("no plan", 6)[0], x)
+    expected = _loss(_run(name, 6)[0], x)
     np.testing.assert_allclose(_loss(jax.device_get(params), x), expected, rtol=1e-3)
 
 

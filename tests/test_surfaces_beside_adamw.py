@@ -21,7 +21,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gefen_jax as gx
@@ -134,6 +134,21 @@ def _linen(tx):
     chex.assert_trees_all_equal_shapes_and_dtypes(after.opt_state, before.opt_state)
 
 
+def _linen_boxes(tx):
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, "x"))
+
+    def run(key):
+        params = nn.Dense(256, kernel_init=init).init(key, jnp.ones((2, 17)))
+        return params, tx.init(params)
+
+    params, state = jax.eval_shape(run, jax.random.key(0))
+    after = jax.eval_shape(_step(tx), params, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, (params, state))
+    # The moments carry the names.
+    specs = nn.get_partition_spec(after[1][0])
+    assert all(s["params"]["kernel"] == P(None, "x") for s in (specs.mu, specs.nu))
+
+
 def _nnx(tx):
     def run():
         model = nnx.Linear(17, 256, rngs=nnx.Rngs(0))
@@ -145,6 +160,19 @@ def _nnx(tx):
     chex.assert_trees_all_equal_shapes_and_dtypes(*nnx.eval_shape(run))
 
 
+def _nnx_on_a_mesh(tx):
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("x", None))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        model = nnx.Linear(32, 256, use_bias=False, rngs=nnx.Rngs(0), kernel_init=init)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        step = nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))
+        step(model, optimizer, nnx.state(model, nnx.Param))
+    state = nnx.as_pure(optimizer.opt_state)[0]
+    for x in (model.kernel.get_value(), state.mu["kernel"], state.nu["kernel"]):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, P("x")), 2)
+
+
 def _equinox(tx):
     model = eqx.nn.Linear(17, 256, key=jax.random.key(0))
     _stable(tx, eqx.filter(model, eqx.is_inexact_array))
@@ -154,6 +182,14 @@ def _msgpack(tx):
     state = tx.init(_params())
     restored = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
     chex.assert_trees_all_equal(restored, state)
+
+
+def _extra_args(tx):
+    def step(params):
+        tx_with_extra = optax.with_extra_args_support(tx)
+        return tx_with_extra.update(params, tx.init(params), params, loss=1.0)
+
+    jax.eval_shape(step, _params())
 
 
 def _none_leaf(tx):
@@ -186,9 +222,12 @@ _USES: dict[str, Callable[[Any], None]] = {
     "vmap": _vmap,
     "donation": _donation,
     "linen TrainState": _linen,
+    "linen's boxes": _linen_boxes,
     "nnx.Optimizer": _nnx,
+    "nnx on a mesh": _nnx_on_a_mesh,
     "equinox": _equinox,
     "msgpack": _msgpack,
+    "extra args": _extra_args,
     "None": _none_leaf,
     "empty, scalar": _empty_and_scalar,
     "bfloat16": _half(jnp.bfloat16),
@@ -200,6 +239,20 @@ _USES: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("name", _USES)
 def test_used(make, name):
     _USES[name](make(1e-2))
+
+
+def test_gradients_of_zero(make):
+    tx, params = make(1e-2, weight_decay=0.0), _params()
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    now = params, tx.init(params)
+    for _ in range(3):
+        now = step(*now)
+    chex.assert_trees_all_equal(now[0], params)
 
 
 # Many devices -----------------------------------------------------------------------------------

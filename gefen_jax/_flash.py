@@ -14,6 +14,7 @@ from gefen_jax._companding import FIRST, SECOND, Coded
 from gefen_jax._dither import leaf_phases
 from gefen_jax._flash_step import Kept, Real, Rule, check_leaf, init, update_leaf
 from gefen_jax._paths import leaf_spec, path_name
+from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._transform import check_number, decay_at
 from gefen_jax._types import Decay
 
@@ -74,8 +75,12 @@ def _transformation(
     def init_fn(params: optax.Params) -> _State:
         flat, treedef = jax.tree_util.tree_flatten_with_path(params)
         specs = [leaf_spec(path_name(path), leaf) for path, leaf in flat]
-        kept = [init(s.shape, dtypes, scale_dtype) if s.trained else None for s in specs]
-        return make_state(jnp.zeros([], jnp.int32), *_by_slot(treedef, kept, number))
+        kept = [
+            placed_like(x, init(s.shape, dtypes, scale_dtype)) if s.trained else None
+            for (_, x), s in zip(flat, specs, strict=True)
+        ]
+        count = placed_beside(params, jnp.zeros([], jnp.int32))
+        return make_state(count, *_by_slot(treedef, kept, number))
 
     def update_fn(
         updates: optax.Updates,

@@ -11,8 +11,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from gefen_jax._backend import laid_out_like
 from gefen_jax._constants import SMALL_LEAF
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
+from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._sparse_window import Geometry, Sparse, geometry, init, scalars, step
 from gefen_jax._transform import check_number, decay_at
 
@@ -64,8 +66,8 @@ def _init_leaf(spec: LeafSpec, cut: Geometry | None) -> _Leaf:
 def _update_leaf(g, leaf, decay, count, *, cut, window):
     """One leaf. Jitted so that leaves of equal shape are traced and lowered once."""
     if cut is not None:
-        old = Sparse(*leaf[: len(Sparse._fields)])
-        update, new = step(g, old, cut, scalars(decay, window, count))
+        old, now = Sparse(*leaf[: len(Sparse._fields)]), scalars(decay, window, count)
+        update, new = laid_out_like(g, lambda *args: step(*args[:2], cut, args[2]), g, old, now)
         return update.astype(g.dtype), _Leaf(*new)
     wide = g.astype(jnp.float32)
     mu = decay.b1 * leaf.mu + decay.one_minus_b1 * wide
@@ -170,8 +172,12 @@ def scale_by_microadam(
     def init_fn(params: optax.Params) -> ScaleByMicroAdamState:
         flat, treedef = jax.tree_util.tree_flatten_with_path(params)
         specs = [leaf_spec(path_name(path), leaf) for path, leaf in flat]
-        leaves = [_init_leaf(spec, _cut(spec, density, window)) for spec in specs]
-        return _state(jnp.zeros([], jnp.int32), treedef, leaves)
+        leaves = [
+            placed_like(x, _init_leaf(spec, _cut(spec, density, window)))
+            for (_, x), spec in zip(flat, specs, strict=True)
+        ]
+        count = placed_beside(params, jnp.zeros([], jnp.int32))
+        return _state(count, treedef, leaves)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any

@@ -41,6 +41,7 @@ from gefen_jax._newton_schulz import (
     read_coefficients,
 )
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
+from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._plan import Plan
 from gefen_jax._transform import check_number, kinds_of
 from gefen_jax._untrained import Untrained
@@ -248,16 +249,14 @@ def scale_by_gefen_muon(
         specs = [leaf_spec(path_name(path), leaf) for path, leaf in flat]
         entries = DimensionNumbers(weight_dimension_numbers, params)
         moments = []
-        for (path, _), spec, storage in zip(flat, specs, _storages(specs, plan, bits), strict=True):
+        for (path, x), spec, storage in zip(flat, specs, _storages(specs, plan, bits), strict=True):
             if storage is not None:
                 read_axes(spec.path, spec.shape, entries[path])  # raises now, not in a later step
-            moments.append(Momentum(None, None) if storage is None else init(spec.shape, storage))
-        return ScaleByGefenMuonState(
-            count=jnp.zeros([], jnp.int32),
-            # A fresh buffer: the state may be donated.
-            codebook=None if codebook is None else jnp.array(codebook),
-            **_by_slot(treedef, moments),
-        )
+            momentum = Momentum(None, None) if storage is None else init(spec.shape, storage)
+            moments.append(placed_like(x, momentum))
+        # A fresh buffer: the state may be donated.
+        tables = jnp.zeros([], jnp.int32), None if codebook is None else jnp.array(codebook)
+        return ScaleByGefenMuonState(*placed_beside(params, tables), **_by_slot(treedef, moments))
 
     def update_fn(
         updates: optax.Updates,

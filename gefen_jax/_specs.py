@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gefen_jax._blocks import Shape
 from gefen_jax._paths import path_name
@@ -92,6 +92,28 @@ def _fitting(names: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
         if size % math.prod(mesh.shape[name] for name in several[:n]) == 0:
             return names if n == len(several) else several[0] if n == 1 else several[:n]
     return None
+
+
+def sharding_like(sharding: NamedSharding, shape: Shape) -> NamedSharding:
+    """Of an array of this shape that belongs to a parameter of that sharding."""
+    spec = fitting_spec(sharding.spec, shape, sharding.mesh)
+    own = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    return as_in_results(own, len(shape))
+
+
+def as_in_results(sharding: NamedSharding, ndim: int) -> NamedSharding:
+    """The same sharding in the form that a jitted step's results have.
+
+    An equal one in another form is another key in the cache of compiled steps. On Explicit axes the
+    spec of a result names every axis, on Auto ones those up to the last that is cut.
+    """
+    entries = list(sharding.spec)
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        entries += [None] * (ndim - len(entries))
+    else:
+        while entries and entries[-1] is None:
+            entries.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
 
 
 def shardings(

@@ -4,17 +4,18 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
-from gefen_jax._specs import fitting_spec, shardings
+from gefen_jax._fused import FusedGefen
+from gefen_jax._specs import as_in_results, sharding_like, shardings
 
 _Path = tuple[Any, ...]
 _TABLES = (GetAttrKey("codebook"), GetAttrKey("codebook4"))
 
 
 def state_sharding(
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | FusedGefen,
     params: optax.Params,
     specs: Any = None,
     *,
@@ -40,7 +41,7 @@ def state_sharding(
     package's, Optax's and others'.
 
     Args:
-      tx: Any optimizer: ``tx.init`` is traced, not run.
+      tx: Any optimizer, or a `fused_gefen`: ``tx.init`` is traced, not run.
       params: The parameters, or their `jax.ShapeDtypeStruct`s. Without ``specs``, they say by
         their ``sharding`` where they lie; those without a `jax.sharding.NamedSharding` are
         replicated.
@@ -94,28 +95,9 @@ def state_sharding(
         if owner == () and path[-1] in _TABLES:
             sharding = None
         if sharding is None or len(leaf.shape) != len(shape):
-            return _as_in_results(NamedSharding(found, PartitionSpec()), leaf)
-        if leaf.shape == shape:
-            return _as_in_results(sharding, leaf)
-        spec = fitting_spec(sharding.spec, leaf.shape, sharding.mesh)
-        of_its_own = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-        return _as_in_results(of_its_own, leaf)
+            return as_in_results(NamedSharding(found, PartitionSpec()), len(leaf.shape))
+        return sharding_like(sharding, leaf.shape)
 
     # Without the shardings, which a traced `init` on Explicit axes would have to carry through.
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     return jax.tree_util.tree_map_with_path(of_leaf, jax.eval_shape(tx.init, structs))
-
-
-def _as_in_results(sharding: NamedSharding, leaf: Any) -> NamedSharding:
-    """The same sharding in the form that a jitted step's results have.
-
-    An equal one in another form is another key in the cache of compiled steps. On Explicit axes the
-    spec of a result names every axis, on Auto ones those up to the last that is cut.
-    """
-    entries = list(sharding.spec)
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        entries += [None] * (len(leaf.shape) - len(entries))
-    else:
-        while entries and entries[-1] is None:
-            entries.pop()
-    return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)

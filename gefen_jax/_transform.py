@@ -21,6 +21,7 @@ from gefen_jax._dither import leaf_phases
 from gefen_jax._encoder import lookup_is_exact, make_encoder
 from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
+from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._plan import Plan
 from gefen_jax._specs import Partition
 from gefen_jax._types import Decay, Kind, Moments
@@ -230,13 +231,17 @@ def scale_by_gefen(
         flat, treedef = jax.tree_util.tree_flatten_with_path(params)
         specs = [leaf_spec(path_name(path), leaf) for path, leaf in flat]
         kinds = kinds_of(specs, plan)
-        moments = [kinds[s.path].init(s.shape) for s in specs]
-        return ScaleByGefenState(
-            count=jnp.zeros([], jnp.int32),
-            codebook=jnp.array(codebook),  # fresh buffers: state may be donated
-            codebook4=jnp.array(builtin_codebook(LEVELS)),
-            **by_slot(treedef, moments),
+        moments = [
+            placed_like(x, kinds[s.path].init(s.shape))
+            for (_, x), s in zip(flat, specs, strict=True)
+        ]
+        # Fresh buffers: state may be donated.
+        tables = (
+            jnp.zeros([], jnp.int32),
+            jnp.array(codebook),
+            jnp.array(builtin_codebook(LEVELS)),
         )
+        return ScaleByGefenState(*placed_beside(params, tables), **by_slot(treedef, moments))
 
     def update_fn(
         updates: optax.Updates,

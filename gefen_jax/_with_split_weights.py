@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, UInt32
 
 from gefen_jax._dither import dither, leaf_phases, positions
 from gefen_jax._fused import FusedGefen
+from gefen_jax._placed import placed_beside
 from gefen_jax._release_part import Low, Part
 from gefen_jax._split import advance, correction_dtype
 from gefen_jax._split_weights import (
@@ -177,7 +178,7 @@ def with_split_weights(
         correction = split_weights(params, mode.bits, mode.dtype, mask=mode.mask)[1]
         wide = [_widened(x, s) for x, s in zip(leaves.leaves, leaves.is_split, strict=True)]
         return SplitWeightsState(
-            count=jnp.zeros([], jnp.int32),
+            count=placed_beside(params, jnp.zeros([], jnp.int32)),
             correction=correction,
             inner=init(leaves.treedef.unflatten(wide)),
         )

@@ -333,3 +333,31 @@ def test_refused_by_name(case):
     args, keywords, match = _REFUSED[case]
     with pytest.raises(ValueError, match=match):
         gx.state_sharding(gx.gefen(1e-3), *args(), **keywords)
+
+
+# A fresh state outside of jit --------------------------------------------------------------------
+
+_MADE = {
+    "gefen": lambda plan: gx.gefen(1e-3, plan=plan),
+    "fused": lambda plan: gx.fused_gefen(1e-3, plan=plan, max_norm=1.0),
+    "split weights": lambda plan: gx.with_split_weights(gx.gefen(1e-3, plan=plan)),
+    "muon": lambda plan: gx.gefen_muon(1e-3, plan=plan),
+    "flash": lambda _: gx.flash_adamw(1e-3),
+    "microadam": lambda _: gx.microadam(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", _MADE)
+@pytest.mark.parametrize("axis_type", _AXIS_TYPES)
+def test_a_state_that_is_made_outside_of_jit_lies_with_its_parameters(axis_type, name):
+    """As `state_sharding` says."""
+    mesh = _mesh(axis_type)
+    params = jax.device_put(_tree(0), _shardings(mesh, _SPECS["fsdp"]))
+    tx: Any = _MADE[name](gx.plan_by_shape(params))
+    state, wanted = tx.init(params), gx.state_sharding(tx, params)
+    spread = 0
+    for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        spread += not x.is_fully_replicated
+        # What chain and schedules count is Optax's own.
+        assert x.sharding.is_equivalent_to(sharding, x.ndim) or x.ndim == 0
+    assert spread >= 2

@@ -56,11 +56,14 @@ def check_number(name: str, value: Any, low: float, high: float, *, open_end: bo
 
 def decay_at(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
     """The scalars of the step that this count numbers, from 1."""
+    # Cast here: under jax_enable_x64 a number of NumPy's would make the moments float64.
+    one_minus_b1, one_minus_b2 = (jnp.asarray(1 - b, jnp.float32) for b in (b1, b2))
+    b1, b2, eps, eps_root = (jnp.asarray(x, jnp.float32) for x in (b1, b2, eps, eps_root))
     # `1 - b ** t` as Optax writes it, so that exact leaves are Adam to the last bit.
     following = jnp.asarray(optax.safe_increment(count), jnp.float32)
     count = count.astype(jnp.float32)
     corrections = 1 - b1**count, 1 - b1**following, 1 - b2**count
-    return Decay(b1, b2, 1 - b1, 1 - b2, eps, eps_root, *corrections)
+    return Decay(b1, b2, one_minus_b1, one_minus_b2, eps, eps_root, *corrections)
 
 
 _STATIC = ("kind", "partition", "nesterov", "exact_lookup", "backend")
@@ -234,7 +237,7 @@ def scale_by_gefen(
         return ScaleByGefenState(
             count=jnp.zeros([], jnp.int32),
             codebook=jnp.array(codebook),  # fresh buffers: state may be donated
-            codebook4=jnp.array(builtin_codebook(LEVELS)),
+            codebook4=jnp.array(builtin_codebook(LEVELS), jnp.float32),
             **by_slot(treedef, moments),
         )
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from gefen_jax._constants import SMALL_LEAF
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
-from gefen_jax._sparse_window import Geometry, Sparse, geometry, init, scalars, step
+from gefen_jax._sparse_window import Geometry, Sparse, divided, geometry, init, scalars, step
 from gefen_jax._transform import check_number, decay_at
 
 
@@ -70,7 +70,7 @@ def _update_leaf(g, leaf, decay, count, *, cut, window):
     wide = g.astype(jnp.float32)
     mu = decay.b1 * leaf.mu + decay.one_minus_b1 * wide
     nu = decay.b2 * leaf.nu + decay.one_minus_b2 * jnp.square(wide)
-    update = mu / decay.correction1 / (jnp.sqrt(nu / decay.correction2) + decay.eps)
+    update = divided(mu / decay.correction1, jnp.sqrt(nu / decay.correction2) + decay.eps)
     return update.astype(g.dtype), _Leaf(mu=mu, nu=nu)
 
 

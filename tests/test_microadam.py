@@ -267,6 +267,15 @@ def test_small_leaves_are_adams():
         chex.assert_trees_all_close(u, wanted, rtol=8 * _U, atol=8 * _U)  # sums cancel
 
 
+def test_eps_of_0_moves_nothing_without_a_gradient():
+    """99 of 100 elements are in no row of the window yet."""
+    tx = _tx(eps=0.0)
+    grads = {"w": jnp.ones((80, 64)), "b": jnp.zeros(3)}
+    updates, _ = tx.update(grads, tx.init(grads))
+    assert set(np.unique(updates["w"].round(5)).tolist()) == {0.0, 1.0}
+    np.testing.assert_array_equal(updates["b"], 0)
+
+
 def test_wrappers_and_scan():
     params = {"w": jnp.ones((80, 64))}
     make = optax.inject_hyperparams(gx.microadam, static_args=("density", "window"))

@@ -37,6 +37,13 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in leaves]
 
 
+def resolved(tree: Any, params: Any) -> Any:
+    """A tree, or what it makes of the parameters if it is a function of them."""
+    leaves = jax.tree.leaves(tree)
+    # A tree may be callable itself (an Equinox module): its leaves are not.
+    return tree(params) if leaves and all(map(callable, leaves)) else tree
+
+
 def leaf_spec(path: str, leaf: Any) -> LeafSpec:
     """Reads shape and dtype of a parameter; complex ones are refused by name."""
     dtype = jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype

@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from gefen_jax._paths import named_leaves, path_name
+from gefen_jax._paths import named_leaves, path_name, resolved
 from gefen_jax._split import BITS, NARROW, correction_dtype, merge, split
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -73,7 +73,7 @@ def read_leaves(params: Any, mode: Mode) -> Leaves:
 
 def _mask_entries(mask: Mask, params: Any) -> dict[tuple[Any, ...], Any]:
     # By key path, so that trees of which a wrapper shows only a part fit the mask of the whole.
-    mask = True if mask is None else mask(params) if callable(mask) else mask
+    mask = True if mask is None else resolved(mask, params)
     return dict(jax.tree_util.tree_flatten_with_path(mask)[0])
 
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -801,6 +802,14 @@ def test_leaves_that_are_not_split():
     merged = gx.merge_weights(weights, state)
     assert merged["norm"] is params["norm"] and merged["none"] is None
     assert merged["scalar"].dtype == jnp.float32
+
+
+def test_a_mask_may_be_a_tree_that_is_callable():
+    """As an Equinox module is one."""
+    params = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_array)
+    mask = jax.tree.map(lambda x: x.ndim > 1, params)
+    weights, _ = gx.split_weights(params, mask=mask)
+    assert jax.tree.map(lambda x: x.dtype == _BF16, weights) == mask
 
 
 def test_a_none_gradient_leaves_a_leaf_alone():

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import stat
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 import gefen_jax as gx
 from gefen_jax._blocks import (
     Cut,
+    as_block,
     block_size,
     check_block,
     flat_view,
@@ -215,6 +217,19 @@ def test_with_kind_refuses(plan, case):
     pattern, kind, match = _BAD_KINDS[case]
     with pytest.raises(ValueError, match=match):
         plan.with_kind(pattern, kind)
+
+
+_NO_INTEGERS: dict[str, Any] = {
+    "a part": lambda: as_block((1, 127.5)),
+    "one number": lambda: as_block(256),
+    "a float": lambda: gx.FlatPeriods(128.0, 128),  # pyright: ignore[reportArgumentType]
+}
+
+
+@pytest.mark.parametrize("case", _NO_INTEGERS)
+def test_sizes_of_blocks_are_integers(case):
+    with pytest.raises(TypeError, match="(?s)period|must be integers.*got"):
+        _NO_INTEGERS[case]()
 
 
 def test_a_class_is_no_kind(plan):

@@ -20,7 +20,7 @@ from gefen_jax._constants import LEVELS
 from gefen_jax._dither import leaf_phases
 from gefen_jax._encoder import lookup_is_exact, make_encoder
 from gefen_jax._levels import make_levels
-from gefen_jax._paths import LeafSpec, leaf_spec, path_name
+from gefen_jax._paths import LeafSpec, check_names, leaf_spec, path_name
 from gefen_jax._plan import Plan
 from gefen_jax._specs import Partition
 from gefen_jax._types import Decay, Kind, Moments
@@ -131,6 +131,7 @@ def check_plan(name: str, plan: Any) -> None:
 
 def kinds_of(specs: list[LeafSpec], plan: Plan | None) -> dict[str, Kind]:
     """The kinds of the given leaves, by the plan or by shape."""
+    check_names(spec.path for spec in specs)
     if plan is None:
         return {path: kind for path, (kind, _) in kinds_by_shape(specs).items()}
     return plan.kinds(specs)
@@ -250,6 +251,9 @@ def scale_by_gefen(
         del params, extra_args
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
 
+        if not all(hasattr(state, field) for field in ScaleByGefenState._fields):
+            raise ValueError(_STRANGE_STATE.format(type(state).__name__))
+
         def visit(leaf: LeafStep) -> Moments:
             args = leaf.g, leaf.moments, leaf.arrays
             about = {"kind": leaf.kind, "partition": leaf.partition, **leaf.static}
@@ -260,6 +264,12 @@ def scale_by_gefen(
         return treedef.unflatten(leaves), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+_STRANGE_STATE = (
+    "`state` must be the ScaleByGefenState that `init` returned, found {}. A run of optax.adamw goes on"
+    " after `gefen_jax.from_adam(opt_state, params)`."
+)
 
 
 class LeafStep(NamedTuple):

@@ -936,6 +936,11 @@ _CASES = {
         "`params.a/w.` is float32 in `update`",
         lambda: _updated(_SGD, _W32, _W32),
     ),
+    "two leaves of one name": (
+        ValueError,
+        "two leaves.*name `a/b`",
+        lambda: gx.split_weights({"a/b": jnp.zeros(3), "a": {"b": jnp.zeros(3)}}),
+    ),
     "other dtype": (
         TypeError,
         "`params.a/w.` is float16",

@@ -960,6 +960,16 @@ REFUSALS = {
     "gradient, complex": Refusal(
         _gradients_of(w=jnp.zeros((64, 128)), b=jnp.zeros(3, complex)), ValueError, r"updates\[b\]"
     ),
+    "two leaves of one name": Refusal(
+        _init_with(None, {"a/b": jnp.zeros(3), "a": {"b": jnp.zeros((64, 128))}}),
+        ValueError,
+        "two leaves.*name `a/b`",
+    ),
+    "state of AdamW": Refusal(
+        lambda: gx.gefen(1e-3).update(_params(), optax.adamw(1e-3).init(_params()), _params()),
+        ValueError,
+        "`state`.*ScaleByGefenState.*found ScaleByAdamState.*from_adam",
+    ),
     "backend": Refusal(
         lambda: gx.gefen(1e-3, backend="cuda"), ValueError, "`backend` must be.*'xla'.*'cuda'"
     ),

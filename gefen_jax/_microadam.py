@@ -2,12 +2,14 @@
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
@@ -75,10 +77,15 @@ def _update_leaf(g, leaf, decay, count, *, cut, window):
 
 
 def _check(density: Any, window: Any) -> None:
-    if not 0 < density <= 1:
-        raise ValueError(f"`density` must lie in (0, 1], got {density}")
-    if int(window) != window or window < 1:
-        raise ValueError(f"`window` must be an integer of at least 1, got {window}")
+    if isinstance(density, Tracer) or isinstance(window, Tracer):
+        raise TypeError(
+            "`density` and `window` decide shapes and must be plain numbers: name them in the"
+            " `static_args` of `optax.inject_hyperparams`"
+        )
+    if not isinstance(density, numbers.Real) or not 0 < density <= 1:
+        raise ValueError(f"`density` must lie in (0, 1], got {density!r}")
+    if not isinstance(window, numbers.Integral) or window < 1:
+        raise ValueError(f"`window` must be an integer of at least 1, got {window!r}")
 
 
 def _check_leaf(spec: LeafSpec, cut: Geometry | None, leaf: _Leaf, g: Any) -> None:

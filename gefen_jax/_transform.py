@@ -47,11 +47,13 @@ def check_number(name: str, value: Any, low: float, high: float, *, open_end: bo
     """Raises ValueError for a plain number outside its range; traced values cannot be checked."""
     if isinstance(value, Tracer) or callable(value):
         return
-    number = np.asarray(value, np.float64)
-    inside = (number >= low) & ((number < high) if open_end else (number <= high))
-    if not np.all(inside):
+    try:
+        number = math.nan if isinstance(value, str) or np.ndim(value) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (low <= number < high or (number == high and not open_end)):
         bracket = ")" if open_end else "]"
-        raise ValueError(f"`{name}` must lie in [{low}, {high}{bracket}, got {value}")
+        raise ValueError(f"`{name}` must lie in [{low}, {high}{bracket}, got {value!r}")
 
 
 def decay_at(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
@@ -267,8 +269,8 @@ def scale_by_gefen(
 
 
 _STRANGE_STATE = (
-    "`state` must be the ScaleByGefenState that `init` returned, found {}. A run of optax.adamw goes on"
-    " after `gefen_jax.from_adam(opt_state, params)`."
+    "`state` must be the ScaleByGefenState that `init` returned, found {}. A run of AdamW goes"
+    " on after `gefen_jax.from_adam(opt_state, params)`."
 )
 
 

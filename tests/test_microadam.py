@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 import gefen_jax as gx
+from gefen_jax._microadam import _check
 from gefen_jax._sparse_window import GROUP, Sparse, _read_error, _write_error, geometry
 
 _U = 2.0**-24  # relative rounding error of float32
@@ -321,6 +322,15 @@ def test_a_sharded_leaf_gives_the_same():
 def test_bad_arguments(arguments, text):
     with pytest.raises(ValueError, match=text):
         gx.scale_by_microadam(**arguments)
+
+
+def test_what_decides_shapes_is_plain():
+    """As `optax.inject_hyperparams` would have it, and from a configuration file."""
+    with pytest.raises(TypeError, match="`density` and `window`.*static_args"):
+        jax.jit(lambda density: _check(density, 10))(0.01)
+    for window in (3.0, float("inf"), "3"):
+        with pytest.raises(ValueError, match="`window` must be an integer"):
+            _check(0.01, window)
 
 
 def test_bad_leaves_are_named():

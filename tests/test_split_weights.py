@@ -913,6 +913,7 @@ _BAD_ARGUMENTS = {
     "bits": {"bits": 8},
     "rounding": {"rounding": "down"},
     "dtype": {"dtype": "float32"},
+    "gradient_dtype": {"gradient_dtype": "int32"},
 }
 
 

@@ -52,6 +52,12 @@ class DualCode:
     def __post_init__(self):
         object.__setattr__(self, "block", as_block(self.block))
 
+    @classmethod
+    def has_pairs(cls, block: Shape) -> bool:
+        """Whether a block has an axis with halves that are long enough."""
+        axis = paired_axis(block)
+        return axis is not None and block[axis] >= cls._packing.smallest_run
+
     def check(self, shape: Shape) -> None:
         """Raises ValueError unless the block is a box of the leaf, divides it, and has pairs."""
         check_block(shape, self.block)

@@ -86,7 +86,7 @@ def init(cut: Geometry) -> Sparse:
 def scalars(decay: Decay, window: int, count: Int[Array, ""]) -> Scalars:
     """The weights of the window's rows in the step number ``count``."""
     row = (count - 1) % window
-    age = ((row - jnp.arange(window)) % window).astype(jnp.float32)
+    age = ((row - jnp.arange(window, dtype=jnp.int32)) % window).astype(jnp.float32)
     weight1 = jnp.power(decay.b1, age) * (decay.one_minus_b1 / decay.correction1)
     weight2 = jnp.power(decay.b2, age) * (decay.one_minus_b2 / decay.correction2)
     return Scalars(decay.eps, row, weight1, weight2)

@@ -45,6 +45,11 @@ def test_one_step(name, number):
     chex.assert_trees_all_close(found[0], expected[0], rtol=1e-5)
 
 
+def test_microadam_promotes_explicitly(strict_promotion):
+    with jax.enable_x64(True):
+        _one_step(gx.scale_by_microadam())
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_fused_is_unfused(dtype):
     with jax.enable_x64(True):

@@ -13,7 +13,8 @@ Where p does not divide its axis, the last run is shorter: such a leaf is two, i
 """
 
 import math
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,16 @@ def block_size(block: Shape) -> int:
 def stats_shape(shape: Shape, block: Shape) -> Shape:
     """Shape of a statistic with one entry per block."""
     return tuple(-(-d // b) for d, b in zip(shape, block, strict=True))
+
+
+def as_block(block: Any) -> Shape:
+    """A block as plain data; TypeError for what is no row of integers."""
+    try:
+        return tuple(operator.index(b) for b in block)
+    except TypeError:
+        raise TypeError(
+            f"`block` must be integers, one for every axis, e.g. (1, 256); got {block!r}"
+        ) from None
 
 
 def check_block(shape: Shape, block: Shape) -> None:

@@ -153,7 +153,10 @@ def _is_output_layer(spec: LeafSpec) -> bool:
 
 
 def dual_block(
-    spec: LeafSpec, pair_axis: int | None = None, local: Shape | None = None
+    spec: LeafSpec,
+    pair_axis: int | None = None,
+    local: Shape | None = None,
+    make: type[DualCode] = DualCode,
 ) -> Shape | None:
     """The block of a dual code: a run of the last axis, of about DUAL_BLOCK elements.
 
@@ -186,7 +189,7 @@ def dual_block(
             block
             for run in _divisors(local[axis])
             if least <= run * whole <= DUAL_MAX
-            and paired_axis(block := make_block(shape, Cut(axis, end, run))) is not None
+            and make.has_pairs(block := make_block(shape, Cut(axis, end, run)))
         ]
         if blocks:
             return min(blocks, key=lambda block: distance_to_target(block, DUAL_BLOCK))
@@ -200,7 +203,7 @@ def dual_code(
     make: type[DualCode] = DualCode,
 ) -> tuple[Kind, str]:
     """The dual code of a leaf, from shape and name; shared blocks where it has no pairs."""
-    block = dual_block(spec, pair_axis, local)
+    block = dual_block(spec, pair_axis, local, make)
     if block is None:
         kind, reason = shared_blocks(spec, local=local)
         return kind, f"no even runs for a dual code, {reason}"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from jaxtyping import Array
 
 from gefen_jax._backend import in_best_form, kernel_of
-from gefen_jax._blocks import Shape, check_block, runs_divide
+from gefen_jax._blocks import Shape, as_block, check_block, runs_divide
 from gefen_jax._dual_step import advance_dual, direction_dual, fused_dual, read_dual, write_dual
 from gefen_jax._packing import SHARED, Packing
 from gefen_jax._pairs import paired_axis
@@ -50,7 +50,13 @@ class DualCode:
     _packing: ClassVar[Packing] = SHARED
 
     def __post_init__(self):
-        object.__setattr__(self, "block", tuple(int(b) for b in self.block))
+        object.__setattr__(self, "block", as_block(self.block))
+
+    @classmethod
+    def has_pairs(cls, block: Shape) -> bool:
+        """Whether a block has an axis with halves that are long enough."""
+        axis = paired_axis(block)
+        return axis is not None and block[axis] >= cls._packing.smallest_run
 
     def check(self, shape: Shape) -> None:
         """Raises ValueError unless the block is a box of the leaf, divides it, and has pairs."""

@@ -1,6 +1,7 @@
 """Flat periods: the reference implementation's state, row-major runs of the flattened leaf."""
 
 import dataclasses
+import numbers
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -35,6 +36,13 @@ class FlatPeriods:
     period: int
     group: int
     name: ClassVar[str] = "flat_periods"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, numbers.Integral):
+                raise TypeError(f"`{field.name}` must be an integer, got {value!r}")
+            object.__setattr__(self, field.name, int(value))
 
     def check(self, shape: Shape) -> None:
         """Raises ValueError unless period and group divide the leaf and agree."""

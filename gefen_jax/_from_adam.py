@@ -255,7 +255,7 @@ def _gefen_state(
     for spec in specs:
         _check_kept(spec, kinds[spec.path])
     codebook, exact_lookup = codebook_of(plan)
-    codebook, codebook4 = jnp.array(codebook), jnp.array(builtin_codebook(LEVELS))
+    codebook, codebook4 = jnp.array(codebook), jnp.array(builtin_codebook(LEVELS), jnp.float32)
     tables = tables_of(codebook, codebook4)
     moments: list[Moments] = [
         _write_leaf(mu, nu, tables, kind=kinds[spec.path], exact_lookup=exact_lookup)

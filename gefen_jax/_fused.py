@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from gefen_jax._alias import gefen
 from gefen_jax._fused_leaf import step_part
-from gefen_jax._paths import param_specs
+from gefen_jax._paths import param_specs, resolved
 from gefen_jax._plan import Plan
 from gefen_jax._release_part import Part
 from gefen_jax._transform import (
@@ -224,9 +224,5 @@ def _clip(grads: Any, max_norm: Any) -> Clip:
 
 def _decayed(mask: Any, params: Any) -> Any:
     """For every parameter, whether its weight decays."""
-    leaves = jax.tree.leaves(mask)
-    # A tree may be callable itself (an Equinox module): then its leaves are bools all the same.
-    if leaves and all(map(callable, leaves)):
-        mask = mask(params)
-    flags = True if mask is None else mask
+    flags = True if mask is None else resolved(mask, params)
     return jax.tree.map(lambda flag, part: jax.tree.map(lambda _: bool(flag), part), flags, params)

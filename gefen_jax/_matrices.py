@@ -15,7 +15,7 @@ from jaxtyping import Array
 from optax.contrib import MuonDimensionNumbers
 
 from gefen_jax._blocks import Shape
-from gefen_jax._paths import path_name
+from gefen_jax._paths import path_name, resolved
 
 KeyPath = tuple[Any, ...]
 
@@ -46,7 +46,7 @@ class DimensionNumbers:
     def _entries(self) -> dict[KeyPath, Any]:
         # Not before a leaf asks: a function may not know what to do with the tree without leaves
         # that `optax.tree.map_params` sends.
-        spec = self._spec(self._tree) if callable(self._spec) else self._spec
+        spec = resolved(self._spec, self._tree)
         return dict(jax.tree_util.tree_flatten_with_path(spec, is_leaf=_is_entry)[0])
 
     def __getitem__(self, path: KeyPath) -> MuonDimensionNumbers | None:

@@ -2,12 +2,14 @@
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
@@ -15,7 +17,7 @@ from gefen_jax._backend import laid_out_like
 from gefen_jax._constants import SMALL_LEAF
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
-from gefen_jax._sparse_window import Geometry, Sparse, geometry, init, scalars, step
+from gefen_jax._sparse_window import Geometry, Sparse, divided, geometry, init, scalars, step
 from gefen_jax._transform import check_number, decay_at
 
 
@@ -72,15 +74,20 @@ def _update_leaf(g, leaf, decay, count, *, cut, window):
     wide = g.astype(jnp.float32)
     mu = decay.b1 * leaf.mu + decay.one_minus_b1 * wide
     nu = decay.b2 * leaf.nu + decay.one_minus_b2 * jnp.square(wide)
-    update = mu / decay.correction1 / (jnp.sqrt(nu / decay.correction2) + decay.eps)
+    update = divided(mu / decay.correction1, jnp.sqrt(nu / decay.correction2) + decay.eps)
     return update.astype(g.dtype), _Leaf(mu=mu, nu=nu)
 
 
 def _check(density: Any, window: Any) -> None:
-    if not 0 < density <= 1:
-        raise ValueError(f"`density` must lie in (0, 1], got {density}")
-    if int(window) != window or window < 1:
-        raise ValueError(f"`window` must be an integer of at least 1, got {window}")
+    if isinstance(density, Tracer) or isinstance(window, Tracer):
+        raise TypeError(
+            "`density` and `window` decide shapes and must be plain numbers: name them in the"
+            " `static_args` of `optax.inject_hyperparams`"
+        )
+    if not isinstance(density, numbers.Real) or not 0 < density <= 1:
+        raise ValueError(f"`density` must lie in (0, 1], got {density!r}")
+    if not isinstance(window, numbers.Integral) or window < 1:
+        raise ValueError(f"`window` must be an integer of at least 1, got {window!r}")
 
 
 def _check_leaf(spec: LeafSpec, cut: Geometry | None, leaf: _Leaf, g: Any) -> None:

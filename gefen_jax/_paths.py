@@ -1,6 +1,7 @@
 """Leaves of a pytree by name."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,25 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a tree with their names; None is a leaf of its own."""
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
     return [(path_name(path), leaf) for path, leaf in leaves]
+
+
+def check_names(paths: Iterable[str]) -> None:
+    """Raises ValueError for two leaves of one name: what is kept by name would be mixed up."""
+    known: set[str] = set()
+    for path in paths:
+        if path in known:
+            raise ValueError(
+                f"two leaves of the parameters have the name `{path}`: a key with a `/` in it reads"
+                " like a tree of two levels. Rename one of them."
+            )
+        known.add(path)
+
+
+def resolved(tree: Any, params: Any) -> Any:
+    """A tree, or what it makes of the parameters if it is a function of them."""
+    leaves = jax.tree.leaves(tree)
+    # A tree may be callable itself (an Equinox module): its leaves are not.
+    return tree(params) if leaves and all(map(callable, leaves)) else tree
 
 
 def leaf_spec(path: str, leaf: Any) -> LeafSpec:

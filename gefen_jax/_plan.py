@@ -44,6 +44,11 @@ class LeafPlan:
 
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(operator.index(d) for d in self.shape))
+        if isinstance(self.kind, type) or not isinstance(self.kind, Kind):
+            raise TypeError(
+                f"`kind` of `{self.path}` must be a kind of state, e.g. `gefen_jax.Exact()`, got"
+                f" {self.kind!r}"
+            )
         try:
             self.kind.check(self.shape)
         except ValueError as error:
@@ -164,16 +169,24 @@ class Plan:
     def with_kind(self, pattern: str, kind: Kind) -> "Plan":
         """A plan in which the leaves whose path matches a shell pattern have another kind.
 
+        Leaves without moments (`Untrained`), which are no floats, stay without.
+
         Args:
           pattern: As in `fnmatch`, e.g. ``"*embedding*"``.
           kind: The kind; it must fit each of these leaves.
 
         Raises:
-          ValueError: If no path matches, or the kind does not fit a leaf.
+          ValueError: If no path of a leaf with moments matches, or the kind does not fit a leaf.
+          TypeError: If the kind is none.
         """
-        hit = [leaf.path for leaf in self.leaves if fnmatch.fnmatchcase(leaf.path, pattern)]
+        # What is no float never has moments: a pattern for all others may match it, too.
+        hit = [
+            leaf.path
+            for leaf in self.leaves
+            if fnmatch.fnmatchcase(leaf.path, pattern) and not isinstance(leaf.kind, Untrained)
+        ]
         if not hit:
-            raise ValueError(f"`pattern` {pattern!r} matches no leaf of the plan")
+            raise ValueError(f"`pattern` {pattern!r} matches no leaf of the plan that is trained")
         leaves = tuple(
             dataclasses.replace(leaf, kind=kind, reason="set by hand") if leaf.path in hit else leaf
             for leaf in self.leaves

@@ -1,6 +1,7 @@
 """`plan_by_shape`: the plan that needs no gradient."""
 
 import fnmatch
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,6 +21,10 @@ def _axes_by_path(specs: list[LeafSpec], pair_axis: Mapping[str, int]) -> dict[s
         hit = [spec for spec in specs if fnmatch.fnmatchcase(spec.path, pattern)]
         if not hit:
             raise ValueError(f"`pair_axis`: the pattern {pattern!r} matches no leaf")
+        if not isinstance(axis, numbers.Integral):
+            raise TypeError(
+                f"`pair_axis`: the axis of {pattern!r} must be an integer, got {axis!r}"
+            )
         for spec in hit:
             if not -len(spec.shape) <= axis < len(spec.shape):
                 raise ValueError(

@@ -54,6 +54,13 @@ def _at(x: Array, number: Any) -> Array:
     return jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
 
 
+_NOT_PICKED = (
+    "`layers` must pick leaves of the parameters, each of them once: arrays that it makes cannot be"
+    " updated, and a layer that is used twice would be stepped twice. Write two uses of the same"
+    " parameters as one layer."
+)
+
+
 def find_layers(
     functions: tuple[Any, Any, Any], params: Any, where: Callable[[Any], Any]
 ) -> tuple[Model, list[Any]]:
@@ -61,6 +68,9 @@ def find_layers(
     flat, treedef = flatten(params)
     leaves = [x for _, x in flat]
     found = where(treedef.unflatten(range(len(flat))))
+    indices = jax.tree.leaves(found)
+    if not all(type(i) is int for i in indices) or len(set(indices)) < len(indices):
+        raise ValueError(_NOT_PICKED)
     if isinstance(found, list | tuple) and not hasattr(found, "_fields"):
         return Model(*functions, treedef, list(found), None), leaves
     sizes = {jnp.shape(leaves[i])[:1] for i in jax.tree.leaves(found) if leaves[i] is not None}

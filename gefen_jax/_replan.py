@@ -144,7 +144,7 @@ def _replan(
         check_state(spec, kinds[spec.path], old)
         _check_kept(spec, new_kinds[spec.path])
     codebook, exact_lookup = codebook_of(new_plan)
-    codebook, codebook4 = jnp.array(codebook), jnp.array(builtin_codebook(LEVELS))
+    codebook, codebook4 = jnp.array(codebook), jnp.array(builtin_codebook(LEVELS), jnp.float32)
     tables = tables_of(state.codebook, state.codebook4)
     new_tables = tables_of(codebook, codebook4)
     new_moments: list[Moments] = [

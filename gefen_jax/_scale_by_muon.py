@@ -319,10 +319,13 @@ def _coders(
 
 
 def _scalars(beta: Any, eps: Any, count: Int[Array, ""]) -> _Scalars:
+    # Cast here: under jax_enable_x64 a number of NumPy's would make the momentum float64.
+    one_minus_beta = jnp.asarray(1 - beta, jnp.float32)
+    beta, eps = (jnp.asarray(x, jnp.float32) for x in (beta, eps))
     # `1 - b ** t` as Optax writes it, so that 32 bits are its Muon but for rounding.
     following = jnp.asarray(optax.safe_increment(count), jnp.float32)
     corrections = 1 - beta ** count.astype(jnp.float32), 1 - beta**following
-    return _Scalars(beta, 1 - beta, eps, *corrections)
+    return _Scalars(beta, one_minus_beta, eps, *corrections)
 
 
 def _by_slot(treedef: Any, moments: list[Momentum]) -> dict[str, Any]:

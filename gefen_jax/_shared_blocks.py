@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gefen_jax._backend import in_best_form
-from gefen_jax._blocks import Shape, check_block, stats_shape
+from gefen_jax._blocks import Shape, as_block, check_block, stats_shape
 from gefen_jax._step import advance, by_equal_runs, direction, read_moments, write_moments
 from gefen_jax._types import Codebooks, Moments, Step
 
@@ -36,7 +36,7 @@ class SharedBlocks:
     name: ClassVar[str] = "shared_blocks"
 
     def __post_init__(self):
-        object.__setattr__(self, "block", tuple(int(b) for b in self.block))
+        object.__setattr__(self, "block", as_block(self.block))
 
     def check(self, shape: Shape) -> None:
         """Raises ValueError unless the block is a box of the leaf."""

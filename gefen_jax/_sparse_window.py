@@ -86,7 +86,7 @@ def init(cut: Geometry) -> Sparse:
 def scalars(decay: Decay, window: int, count: Int[Array, ""]) -> Scalars:
     """The weights of the window's rows in the step number ``count``."""
     row = (count - 1) % window
-    age = ((row - jnp.arange(window)) % window).astype(jnp.float32)
+    age = ((row - jnp.arange(window, dtype=jnp.int32)) % window).astype(jnp.float32)
     weight1 = jnp.power(decay.b1, age) * (decay.one_minus_b1 / decay.correction1)
     weight2 = jnp.power(decay.b2, age) * (decay.one_minus_b2 / decay.correction2)
     return Scalars(decay.eps, row, weight1, weight2)
@@ -132,6 +132,11 @@ def _sums(
     return z1, z.at[at].add((s.weight2[:, None] * jnp.square(value)).reshape(-1))
 
 
+def divided(mu: Float[Array, "*shape"], root: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """An update; what has no gradient stays where it is, with eps = 0 too."""
+    return mu / jnp.where(root == 0, jnp.inf, root)
+
+
 def step(
     g: Float[Array, "*shape"], state: Sparse, cut: Geometry, s: Scalars
 ) -> tuple[Float[Array, "*shape"], Sparse]:
@@ -147,7 +152,7 @@ def step(
         place = old.place.at[s.row].set(places.astype(jnp.int16))
         value = old.value.at[s.row].set(_bfloat16(values).astype(jnp.bfloat16))
         z1, z2 = _sums(place.astype(jnp.int32), value.astype(jnp.float32), cut.block, s)
-        return z1 / (jnp.sqrt(z2) + s.eps), Sparse(error, low, high, place, value)
+        return divided(z1, jnp.sqrt(z2) + s.eps), Sparse(error, low, high, place, value)
 
     blocks = flat.reshape(cut.blocks, cut.block)
     updates, new = jax.lax.map(of_block, (blocks, state), batch_size=_AT_ONCE)

@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from gefen_jax._paths import named_leaves, path_name
+from gefen_jax._paths import check_names, named_leaves, path_name, resolved
 from gefen_jax._split import BITS, NARROW, correction_dtype, merge, split
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -59,6 +59,7 @@ def read_leaves(params: Any, mode: Mode) -> Leaves:
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
     entries = _mask_entries(mode.mask, params) if flat else {}
     leaves = Leaves([path_name(path) for path, _ in flat], [x for _, x in flat], [], treedef)
+    check_names(leaves.paths)
     for (key_path, leaf), path in zip(flat, leaves.paths, strict=True):
         dtype = None if leaf is None else jnp.result_type(leaf)
         chosen = dtype in (jnp.float32, *NARROW) and _is_chosen(path, key_path, entries)
@@ -73,7 +74,7 @@ def read_leaves(params: Any, mode: Mode) -> Leaves:
 
 def _mask_entries(mask: Mask, params: Any) -> dict[tuple[Any, ...], Any]:
     # By key path, so that trees of which a wrapper shows only a part fit the mask of the whole.
-    mask = True if mask is None else mask(params) if callable(mask) else mask
+    mask = True if mask is None else resolved(mask, params)
     return dict(jax.tree_util.tree_flatten_with_path(mask)[0])
 
 

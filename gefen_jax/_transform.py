@@ -20,7 +20,7 @@ from gefen_jax._constants import LEVELS
 from gefen_jax._dither import leaf_phases
 from gefen_jax._encoder import lookup_is_exact, make_encoder
 from gefen_jax._levels import make_levels
-from gefen_jax._paths import LeafSpec, leaf_spec, path_name
+from gefen_jax._paths import LeafSpec, check_names, leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._plan import Plan
 from gefen_jax._specs import Partition
@@ -48,20 +48,25 @@ def check_number(name: str, value: Any, low: float, high: float, *, open_end: bo
     """Raises ValueError for a plain number outside its range; traced values cannot be checked."""
     if isinstance(value, Tracer) or callable(value):
         return
-    number = np.asarray(value, np.float64)
-    inside = (number >= low) & ((number < high) if open_end else (number <= high))
-    if not np.all(inside):
+    try:
+        number = math.nan if isinstance(value, str) or np.ndim(value) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (low <= number < high or (number == high and not open_end)):
         bracket = ")" if open_end else "]"
-        raise ValueError(f"`{name}` must lie in [{low}, {high}{bracket}, got {value}")
+        raise ValueError(f"`{name}` must lie in [{low}, {high}{bracket}, got {value!r}")
 
 
 def decay_at(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
     """The scalars of the step that this count numbers, from 1."""
+    # Cast here: under jax_enable_x64 a number of NumPy's would make the moments float64.
+    one_minus_b1, one_minus_b2 = (jnp.asarray(1 - b, jnp.float32) for b in (b1, b2))
+    b1, b2, eps, eps_root = (jnp.asarray(x, jnp.float32) for x in (b1, b2, eps, eps_root))
     # `1 - b ** t` as Optax writes it, so that exact leaves are Adam to the last bit.
     following = jnp.asarray(optax.safe_increment(count), jnp.float32)
     count = count.astype(jnp.float32)
     corrections = 1 - b1**count, 1 - b1**following, 1 - b2**count
-    return Decay(b1, b2, 1 - b1, 1 - b2, eps, eps_root, *corrections)
+    return Decay(b1, b2, one_minus_b1, one_minus_b2, eps, eps_root, *corrections)
 
 
 _STATIC = ("kind", "partition", "nesterov", "exact_lookup", "backend")
@@ -129,6 +134,7 @@ def check_plan(name: str, plan: Any) -> None:
 
 def kinds_of(specs: list[LeafSpec], plan: Plan | None) -> dict[str, Kind]:
     """The kinds of the given leaves, by the plan or by shape."""
+    check_names(spec.path for spec in specs)
     if plan is None:
         return {path: kind for path, (kind, _) in kinds_by_shape(specs).items()}
     return plan.kinds(specs)
@@ -239,7 +245,7 @@ def scale_by_gefen(
         tables = (
             jnp.zeros([], jnp.int32),
             jnp.array(codebook),
-            jnp.array(builtin_codebook(LEVELS)),
+            jnp.array(builtin_codebook(LEVELS), jnp.float32),
         )
         return ScaleByGefenState(*placed_beside(params, tables), **by_slot(treedef, moments))
 
@@ -288,10 +294,11 @@ def step_leaves(
 
     Of leaves at hand that are parts of others, ``kinds`` says what the whole ones are.
     """
-    if not isinstance(state, ScaleByGefenState):
-        raise TypeError(
-            f"the state must be a ScaleByGefenState, got {type(state).__name__}: give the one of"
-            " this optimizer's `init` (`gefen_jax.from_adam` makes one of a running optax.adamw's)"
+    if not all(hasattr(state, field) for field in ScaleByGefenState._fields):
+        raise ValueError(
+            "the state must be the ScaleByGefenState that `init` returned, found"
+            f" {type(state).__name__}. A run of AdamW goes on after"
+            " `gefen_jax.from_adam(opt_state, params)`."
         )
     flat, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None)
     specs, moments = state_leaves(state, [path for path, _ in flat], treedef)

@@ -170,6 +170,8 @@ def with_split_weights(
     mode = mode_of(bits, dtype, mask)
     if rounding not in ("stochastic", "nearest"):
         raise ValueError(f"`rounding` must be 'stochastic' or 'nearest', got {rounding!r}")
+    if gradient_dtype is not None and not jnp.issubdtype(gradient_dtype, jnp.floating):
+        raise ValueError(f"`gradient_dtype` must be floating or None, got {gradient_dtype!r}")
     init = tx.init
     stochastic = rounding == "stochastic" and mode.bits < 32
 

@@ -315,6 +315,13 @@ def test_a_wide_run_has_four_elements():
     gx.WideDualCode((1, 4)).check((4, 4))
 
 
+def test_a_wide_code_by_shape_pairs_another_axis_than_one_of_two():
+    params = {"w": jax.ShapeDtypeStruct((64, 150, 2), jnp.float32)}
+    kind = gx.plan_by_shape(params, kind="wide_dual_code")["w"].kind
+    assert kind == gx.WideDualCode((1, 150, 1))
+    assert gx.plan_by_shape(params)["w"].kind == gx.DualCode((1, 150, 2))
+
+
 def _boxes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
     """By trying all: runs of one axis, and boxes up to the last axis, of a dual code's sizes."""
     boxes = set()

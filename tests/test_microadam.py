@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 import gefen_jax as gx
+from gefen_jax._microadam import _check
 from gefen_jax._sparse_window import GROUP, Sparse, _read_error, _write_error, geometry
 
 _U = 2.0**-24  # relative rounding error of float32
@@ -267,6 +268,15 @@ def test_small_leaves_are_adams():
         chex.assert_trees_all_close(u, wanted, rtol=8 * _U, atol=8 * _U)  # sums cancel
 
 
+def test_eps_of_0_moves_nothing_without_a_gradient():
+    """99 of 100 elements are in no row of the window yet."""
+    tx = _tx(eps=0.0)
+    grads = {"w": jnp.ones((80, 64)), "b": jnp.zeros(3)}
+    updates, _ = tx.update(grads, tx.init(grads))
+    assert set(np.unique(updates["w"].round(5)).tolist()) == {0.0, 1.0}
+    np.testing.assert_array_equal(updates["b"], 0)
+
+
 def test_wrappers_and_scan():
     params = {"w": jnp.ones((80, 64))}
     make = optax.inject_hyperparams(gx.microadam, static_args=("density", "window"))
@@ -312,6 +322,15 @@ def test_a_sharded_leaf_gives_the_same():
 def test_bad_arguments(arguments, text):
     with pytest.raises(ValueError, match=text):
         gx.scale_by_microadam(**arguments)
+
+
+def test_what_decides_shapes_is_plain():
+    """As `optax.inject_hyperparams` would have it, and from a configuration file."""
+    with pytest.raises(TypeError, match="`density` and `window`.*static_args"):
+        jax.jit(lambda density: _check(density, 10))(0.01)
+    for window in (3.0, float("inf"), "3"):
+        with pytest.raises(ValueError, match="`window` must be an integer"):
+            _check(0.01, window)
 
 
 def test_bad_leaves_are_named():

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import stat
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 import gefen_jax as gx
 from gefen_jax._blocks import (
     Cut,
+    as_block,
     block_size,
     check_block,
     flat_view,
@@ -177,7 +179,7 @@ def test_every_kind_reports_its_bytes():
 # Changed by hand --------------------------------------------------------------------------------
 
 _PATTERNS = {
-    "*": {"embedding", "empty", "scalar", "steps"}
+    "*": {"embedding", "empty", "scalar"}  # not "steps", integers
     | {f"layers/{i}/{name}" for i in (0, 1) for name in ("kernel", "bias")},
     "embedding": {"embedding"},
     "*kernel": {"layers/0/kernel", "layers/1/kernel"},
@@ -198,6 +200,7 @@ def test_with_kind(plan, pattern):
 
 _BAD_KINDS = {
     "no match": ("Embedding", gx.Exact(), r"`pattern` 'Embedding' matches no leaf"),
+    "integers": ("steps", gx.Exact(), "`pattern` 'steps' matches no leaf.*trained"),
     "rank": ("embedding", gx.SharedBlocks((64,)), r"`embedding`.*rank.*\(300, 64\)"),
     "size": ("embedding", gx.SharedBlocks((1, 65)), r"`embedding`.*\(1, 65\).*between 1 and"),
     "zero": ("embedding", gx.SharedBlocks((0, 64)), r"`embedding`.*\(0, 64\).*between 1 and"),
@@ -214,6 +217,32 @@ def test_with_kind_refuses(plan, case):
     pattern, kind, match = _BAD_KINDS[case]
     with pytest.raises(ValueError, match=match):
         plan.with_kind(pattern, kind)
+
+
+_NO_INTEGERS: dict[str, Any] = {
+    "a part": lambda: as_block((1, 127.5)),
+    "one number": lambda: as_block(256),
+    "a float": lambda: gx.FlatPeriods(128.0, 128),  # pyright: ignore[reportArgumentType]
+}
+
+
+@pytest.mark.parametrize("case", _NO_INTEGERS)
+def test_sizes_of_blocks_are_integers(case):
+    with pytest.raises(TypeError, match="(?s)period|must be integers.*got"):
+        _NO_INTEGERS[case]()
+
+
+def test_a_class_is_no_kind(plan):
+    kind: Any = gx.Exact
+    with pytest.raises(TypeError, match="`kind` of `embedding` must be a kind of state.*Exact"):
+        plan.with_kind("embedding", kind)
+
+
+def test_exact_everywhere_trains_beside_integers():
+    params = {"w": jnp.ones(3), "steps": jnp.arange(3)}
+    tx = gx.scale_by_gefen(plan=gx.plan_by_shape(params).with_kind("*", gx.Exact()))
+    grads = {"w": jnp.ones(3), "steps": None}
+    assert tx.update(grads, tx.init(params))[1].mu["steps"] is None
 
 
 def test_unknown_leaf_names_the_nearest(plan):

@@ -344,6 +344,16 @@ _MISFITS: dict[str, Any] = {
         {"layers": lambda p: {"a": p["out"], "b": p["table"]}},
         "`layers`",
     ),
+    "a layer used twice": (
+        lambda: optax.sgd(0.1),
+        {"layers": lambda p: [p["layers"]] * 2},
+        "each of them once",
+    ),
+    "layers that are made": (
+        lambda: optax.sgd(0.1),
+        {"layers": lambda p: [jax.tree.map(jnp.ones_like, p["layers"])]},
+        "pick leaves",
+    ),
     "a norm below 0": (lambda: optax.sgd(0.1), {"max_norm": -1.0}, "`max_norm`"),
 }
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -803,6 +804,14 @@ def test_leaves_that_are_not_split():
     assert merged["scalar"].dtype == jnp.float32
 
 
+def test_a_mask_may_be_a_tree_that_is_callable():
+    """As an Equinox module is one."""
+    params = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_array)
+    mask = jax.tree.map(lambda x: x.ndim > 1, params)
+    weights, _ = gx.split_weights(params, mask=mask)
+    assert jax.tree.map(lambda x: x.dtype == _BF16, weights) == mask
+
+
 def test_a_none_gradient_leaves_a_leaf_alone():
     tx = gx.with_split_weights(optax.sgd(1e-2))
     weights, state = _start(tx)
@@ -904,6 +913,7 @@ _BAD_ARGUMENTS = {
     "bits": {"bits": 8},
     "rounding": {"rounding": "down"},
     "dtype": {"dtype": "float32"},
+    "gradient_dtype": {"gradient_dtype": "int32"},
 }
 
 
@@ -926,6 +936,11 @@ _CASES = {
         TypeError,
         "`params.a/w.` is float32 in `update`",
         lambda: _updated(_SGD, _W32, _W32),
+    ),
+    "two leaves of one name": (
+        ValueError,
+        "two leaves.*name `a/b`",
+        lambda: gx.split_weights({"a/b": jnp.zeros(3), "a": {"b": jnp.zeros(3)}}),
     ),
     "other dtype": (
         TypeError,

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gefen_jax as gx
+from gefen_jax._transform import check_number
 
 _LEARNING_RATE = 1e-2
 
@@ -939,6 +940,12 @@ REFUSALS = {
     "plan, of wrong type": Refusal(
         lambda: _unchecked(plan=_AXIS.leaves), TypeError, "`plan` must be a gefen_jax.Plan"
     ),
+    "b1, a string": Refusal(
+        lambda: check_number("b1", "0.9", 0.0, 1.0, open_end=True), ValueError, "`b1`.*got '0.9'"
+    ),
+    "b1, several": Refusal(
+        lambda: gx.gefen(1e-3, np.array([0.9, 0.8])), ValueError, r"`b1`.*got array\(\[0.9, 0.8"
+    ),
     "plan, a path": Refusal(
         lambda: _unchecked(plan="plan.json"), TypeError, "`plan` must be.*got str"
     ),
@@ -959,6 +966,16 @@ REFUSALS = {
     ),
     "gradient, complex": Refusal(
         _gradients_of(w=jnp.zeros((64, 128)), b=jnp.zeros(3, complex)), ValueError, r"updates\[b\]"
+    ),
+    "two leaves of one name": Refusal(
+        _init_with(None, {"a/b": jnp.zeros(3), "a": {"b": jnp.zeros((64, 128))}}),
+        ValueError,
+        "two leaves.*name `a/b`",
+    ),
+    "state of AdamW": Refusal(
+        lambda: gx.gefen(1e-3).update(_params(), optax.adamw(1e-3).init(_params()), _params()),
+        ValueError,
+        "`state`.*ScaleByGefenState.*found ScaleByAdamState.*from_adam",
     ),
     "backend": Refusal(
         lambda: gx.gefen(1e-3, backend="cuda"), ValueError, "`backend` must be.*'xla'.*'cuda'"

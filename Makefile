@@ -5,6 +5,8 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 # Of pyproject.toml, for the tests: `EXTRAS=test,triton` adds Triton (1 GB) and its tests.
 EXTRAS ?= test
+# Of pytest: `FLAGS=--unoptimised` compiles some programs faster, and worse.
+FLAGS ?=
 
 .PHONY: demo test lint types check bench clean
 
@@ -14,7 +16,7 @@ demo: $(VENV)/.examples
 test: lint types check
 
 check: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(FLAGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

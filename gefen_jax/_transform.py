@@ -296,7 +296,7 @@ def step_leaves(
     """
     if not all(hasattr(state, field) for field in ScaleByGefenState._fields):
         raise ValueError(
-            "the state must be the ScaleByGefenState that `init` returned, found"
+            "`state` must be the ScaleByGefenState that `init` returned, found"
             f" {type(state).__name__}. A run of AdamW goes on after"
             " `gefen_jax.from_adam(opt_state, params)`."
         )

@@ -12,8 +12,42 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# With `--unoptimised`: files of many small programs, most of whose time is compilation. None of them
+# counts memory, or compares programs that only the same optimizations make the same.
+_UNOPTIMISED = {
+    f"test_{name}"
+    for name in (
+        "backends dual dual_runs flash from_adam microadam muon muon_mesh release replan"
+        " state_sharding step surfaces surfaces_beside_adamw training x64"
+    ).split()
+}
+
 # Made the golden data once; needs the package that they come from.
 collect_ignore = ["golden_flash/make_golden.py"]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--unoptimised",
+        action="store_true",
+        help="compile the programs of some files without optimizations: less time",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--unoptimised"):
+        for item in items:
+            if item.path.stem in _UNOPTIMISED:
+                item.add_marker(pytest.mark.usefixtures("unoptimised"))
+
+
+@pytest.fixture
+def unoptimised():
+    """XLA compiles faster, and worse."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

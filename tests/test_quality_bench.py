@@ -23,17 +23,14 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture
-def unoptimised():
+def models(unoptimised):
     """Most of the time here is compilation, so that is kept low."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_rank_promotion("allow"):  # the models add biases to batches, as Flax does
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
-def bench(tmp_path, cache, monkeypatch, unoptimised):
+def bench(tmp_path, cache, monkeypatch, models):
     """Runs the bench and returns its rows."""
     monkeypatch.setattr(quality_pretrained, "CACHE", cache)
     out = tmp_path / "rows.jsonl"
@@ -58,7 +55,7 @@ def test_every_task_runs(task, bench):
     assert bench(*arguments, "1") == rows, "what is there is not run again"
 
 
-def test_a_run_is_the_plain_loop(unoptimised):
+def test_a_run_is_the_plain_loop(models):
     problem, seed, steps, lr = TASKS["gpt"].prepare(True), 3, 4, 2e-3
     run = Trainer(problem, Recipe("adamw", steps, b2=0.99, weight_decay=0.1), seed).run
     assert run(2 * lr).loss != run(lr).loss

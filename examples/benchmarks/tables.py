@@ -15,7 +15,11 @@ from quality_report import cells, read
 from quality_statistics import BASELINE, SETUP, by_setup, compare
 
 _ROOT = Path(__file__).parent.parent.parent
-PAGES = (_ROOT / "README.md", *(_ROOT / "docs" / f"{n}.md" for n in ("meshes", "total-memory")))
+PAGES = (
+    _ROOT / "README.md",
+    *(_ROOT / "docs" / f"{name}.md" for name in ("meshes", "total-memory")),
+    Path(__file__).parent / "research.md",
+)
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -104,6 +108,8 @@ def _parts(setup: tuple[Any, ...]) -> list[str]:
 
 # What was tried, but is no state that one can have: all of it is in quality.md.
 _NOT_SHOWN = ("simulated", "gefen, pairs")
+# Shared blocks as they are, and what might give them their loss back: on the page of what was tried.
+_SHARED = "gefen, shared blocks"
 # The other optimizers, and narrow weights: a table of their own.
 _TOTAL_MEMORY = ("adamw, split", "gefen, split", "gefen, 16", "gefen, bfl", "flash", "microadam")
 
@@ -126,7 +132,13 @@ def _quality(is_shown: Callable[[str], bool]) -> str:
 
 def quality() -> str:
     """States of gefen beside AdamW's, and of the PyTorch packages."""
-    return _quality(lambda variant: not variant.startswith(_NOT_SHOWN + _TOTAL_MEMORY))
+    hidden = (*_NOT_SHOWN, *_TOTAL_MEMORY, f"{_SHARED}, ")
+    return _quality(lambda variant: not variant.startswith(hidden))
+
+
+def quality_shared() -> str:
+    """Shared blocks, as they are and otherwise, beside AdamW."""
+    return _quality(lambda variant: variant.startswith(_SHARED))
 
 
 def quality_total_memory() -> str:
@@ -195,6 +207,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "char_lm": char_lm,
     "quality": quality,
     "quality_total_memory": quality_total_memory,
+    "quality_shared": quality_shared,
     "plans": plans,
     "cpu_step": cpu_step,
     "gpu_memory": gpu_memory,

@@ -80,8 +80,6 @@ def map_pieces(
             return at.read_stats(x)
 
         def write(x: Array, value: Any) -> Array:
-            if x.dtype != value.dtype:
-                value = jax.lax.bitcast_convert_type(value, x.dtype)
             if x.ndim == len(shape):
                 return at.write(x, value)
             if isinstance(at, PairedPiece) and x.ndim == len(of_pairs):
@@ -92,7 +90,10 @@ def map_pieces(
             fixed_at.read(kept_part[i]) if i in kept else read(x) for i, x in enumerate(arrays)
         ]
         new = function(at, jax.tree.map(fixed_at.read, part), treedef.unflatten(values))
-        return list(map(write, arrays, treedef.flatten_up_to(new)))
+        new = treedef.flatten_up_to(new)
+        for i in kept:
+            new[i] = jax.lax.bitcast_convert_type(new[i], jnp.uint16)
+        return list(map(write, arrays, new))
 
     new = over_pieces(view, body, start, chunk.size)
     for i, x in kept.items():

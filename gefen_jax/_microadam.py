@@ -17,7 +17,16 @@ from gefen_jax._backend import laid_out_like
 from gefen_jax._constants import SMALL_LEAF
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
-from gefen_jax._sparse_window import Geometry, Sparse, divided, geometry, init, scalars, step
+from gefen_jax._sparse_window import (
+    Geometry,
+    Scalars,
+    Sparse,
+    divided,
+    geometry,
+    init,
+    scalars,
+    step,
+)
 from gefen_jax._transform import check_number, decay_at
 
 
@@ -68,8 +77,12 @@ def _init_leaf(spec: LeafSpec, cut: Geometry | None) -> _Leaf:
 def _update_leaf(g, leaf, decay, count, *, cut, window):
     """One leaf. Jitted so that leaves of equal shape are traced and lowered once."""
     if cut is not None:
+
+        def cut_step(g: Array, old: Sparse, now: Scalars) -> tuple[Array, Sparse]:
+            return step(g, old, cut, now)
+
         old, now = Sparse(*leaf[: len(Sparse._fields)]), scalars(decay, window, count)
-        update, new = laid_out_like(g, lambda *args: step(*args[:2], cut, args[2]), g, old, now)
+        update, new = laid_out_like(g, cut_step, g, old, now)
         return update.astype(g.dtype), _Leaf(*new)
     wide = g.astype(jnp.float32)
     mu = decay.b1 * leaf.mu + decay.one_minus_b1 * wide
@@ -84,7 +97,7 @@ def _check(density: Any, window: Any) -> None:
             "`density` and `window` decide shapes and must be plain numbers: name them in the"
             " `static_args` of `optax.inject_hyperparams`"
         )
-    if not isinstance(density, numbers.Real) or not 0 < density <= 1:
+    if not isinstance(density, numbers.Real) or not 0 < float(density) <= 1:
         raise ValueError(f"`density` must lie in (0, 1], got {density!r}")
     if not isinstance(window, numbers.Integral) or window < 1:
         raise ValueError(f"`window` must be an integer of at least 1, got {window!r}")

@@ -35,5 +35,6 @@ def _placement(x: Any) -> NamedSharding | None:
     if isinstance(x, Tracer) or not isinstance(x, jax.Array):
         return None
     sharding = x.sharding
-    spread = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-    return sharding if spread and sharding.is_fully_addressable else None
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return None
+    return sharding if sharding.is_fully_addressable else None

@@ -12,8 +12,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# With `--unoptimised`: files of many small programs, most of whose time is compilation. None of them
-# counts memory, or compares programs that only the same optimizations make the same.
+# With `--unoptimised`: files of many small programs, most of whose time is compilation. None counts
+# memory, or compares programs that only the same optimizations make the same.
 _UNOPTIMISED = {
     f"test_{name}"
     for name in (

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ CHANGE_AFTER = 0.1  # of the run: the warm-up's length
 ADAMW_RMS = 0.2  # of AdamW's updates, about (Liu et al., Muon is Scalable for LLM Training, 2025)
 
 
-class Variant(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Variant:
     """How a run's blocks and codebook are found."""
 
     first: Callable[[SharedTrainer, Params], gx.Plan]
@@ -71,7 +72,7 @@ VARIANTS = {
 }
 
 
-def _match(update: jax.Array) -> jax.Array:
+def _match(update: Any) -> jax.Array:
     rms = jnp.sqrt(jnp.mean(jnp.square(update)))
     return update * jnp.where(rms > 0, ADAMW_RMS / rms, 0)
 

@@ -108,7 +108,7 @@ def _parts(setup: tuple[Any, ...]) -> list[str]:
 
 # What was tried, but is no state that one can have: all of it is in quality.md.
 _NOT_SHOWN = ("simulated", "gefen, pairs")
-# Shared blocks as they are, and what might give them their loss back: on the page of what was tried.
+# Shared blocks, and what might give them their loss back: on the page of what was tried.
 _SHARED = "gefen, shared blocks"
 # The other optimizers, and narrow weights: a table of their own.
 _TOTAL_MEMORY = ("adamw, split", "gefen, split", "gefen, 16", "gefen, bfl", "flash", "microadam")

@@ -38,25 +38,29 @@ def _row(seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs everything, prints a table, writes `cpu_growth.json`."""
+    """Runs everything, writes `cpu_growth.json` after every row, prints a table."""
     results = {}
+
+    def add(name: str, seconds: dict[str, list[float]]) -> None:
+        results[name] = _row(seconds)
+        write("cpu_growth.json", "python examples/benchmarks/cpu_growth.py", results)
+
     for name, side in SIDES.items():
         tree = {"w": jax.ShapeDtypeStruct((side, side), jnp.float32)}
         wall = {n: times[0] for n, times in step_seconds(tree).items()}
-        results[f"one {name} leaf: step wall s"] = _row(wall)
+        add(f"one {name} leaf: step wall s", wall)
     for number, times in LEAVES.items():
         tree = _leaves(number)
         wall = {
             name: compile_seconds(make(tree), weights(name, tree), times)[0]
             for name, make in ALL.items()
         }
-        results[f"{number} leaves: compile wall s"] = _row(wall)
+        add(f"{number} leaves: compile wall s", wall)
     table = Table("", *(f"{name}, ratio" for name in ALL))
     for row, numbers in results.items():
         cells = (f"{1e3 * numbers[n]:.0f} ms, {numbers['ratio'][n]:.2f}" for n in ALL)
         table.add_row(row[:-2], *cells)
     Console(width=160).print(table)
-    write("cpu_growth.json", "python examples/benchmarks/cpu_growth.py", results)
 
 
 if __name__ == "__main__":

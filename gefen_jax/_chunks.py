@@ -58,44 +58,60 @@ def map_pieces(
     def flat(x: Array) -> Array:
         return x.reshape(shapes[x.size])
 
-    fixed, (old, treedef) = jax.tree.map(flat, constant), jax.tree.flatten(carry)
-    old = [flat(x) for x in old]
-    # Arrays that are not written to, by their number, are read from as the constant is.
+    fixed, (flat_carry, treedef) = jax.tree.map(flat, constant), jax.tree.flatten(carry)
+    flat_carry = [flat(x) for x in flat_carry]
+    # The numbers of arrays that are not written to; they are read from as the constant is.
     narrow = () if chunk.narrow_in_place else (jnp.bfloat16, jnp.float16)
-    kept = {i: x for i, x in enumerate(old) if x.dtype in narrow}
-    start = [jax.lax.empty(x.shape, jnp.uint16) if i in kept else x for i, x in enumerate(old)]
-    start, _ = varying_alike((start, old))
+    apart = [i for i, x in enumerate(flat_carry) if x.dtype in narrow]
 
-    def body(piece: Piece, arrays: list[Array]) -> list[Array]:
-        tied, (part, kept_part) = piece.tied((fixed, kept))
-        at, fixed_at = (
-            p if stretches is None else PairedPiece(p, stretches) for p in (piece, tied)
-        )
+    def work_through(old: list[Array]) -> list[Array]:
+        kept = {i: old[i] for i in apart}
+        start = [jax.lax.empty(x.shape, jnp.uint16) if i in kept else x for i, x in enumerate(old)]
+        start, _ = varying_alike((start, old))
 
-        def read(x: Array) -> Any:
-            if x.ndim == len(shape):
-                return at.read(x)
-            if isinstance(at, PairedPiece) and x.ndim == len(of_pairs):
-                return at.read_shared(x)
-            return at.read_stats(x)
+        def body(piece: Piece, arrays: list[Array]) -> list[Array]:
+            tied, (part, kept_part) = piece.tied((fixed, kept))
+            at, fixed_at = (
+                p if stretches is None else PairedPiece(p, stretches) for p in (piece, tied)
+            )
 
-        def write(x: Array, value: Any) -> Array:
-            if x.ndim == len(shape):
-                return at.write(x, value)
-            if isinstance(at, PairedPiece) and x.ndim == len(of_pairs):
-                return at.write_shared(x, value)
-            return at.write_stats(x, value)
+            def read(x: Array) -> Any:
+                if x.ndim == len(shape):
+                    return at.read(x)
+                if isinstance(at, PairedPiece) and x.ndim == len(of_pairs):
+                    return at.read_shared(x)
+                return at.read_stats(x)
 
-        values = [
-            fixed_at.read(kept_part[i]) if i in kept else read(x) for i, x in enumerate(arrays)
-        ]
-        new = function(at, jax.tree.map(fixed_at.read, part), treedef.unflatten(values))
-        new = treedef.flatten_up_to(new)
-        for i in kept:
-            new[i] = jax.lax.bitcast_convert_type(new[i], jnp.uint16)
-        return list(map(write, arrays, new))
+            def write(x: Array, value: Any) -> Array:
+                if x.ndim == len(shape):
+                    return at.write(x, value)
+                if isinstance(at, PairedPiece) and x.ndim == len(of_pairs):
+                    return at.write_shared(x, value)
+                return at.write_stats(x, value)
 
-    new = over_pieces(view, body, start, chunk.size)
-    for i, x in kept.items():
-        new[i] = jax.lax.bitcast_convert_type(new[i], x.dtype)
+            values = [
+                fixed_at.read(kept_part[i]) if i in kept else read(x) for i, x in enumerate(arrays)
+            ]
+            new = function(at, jax.tree.map(fixed_at.read, part), treedef.unflatten(values))
+            new = treedef.flatten_up_to(new)
+            for i in kept:
+                new[i] = jax.lax.bitcast_convert_type(new[i], jnp.uint16)
+            return list(map(write, arrays, new))
+
+        new = over_pieces(view, body, start, chunk.size)
+        for i, x in kept.items():
+            new[i] = jax.lax.bitcast_convert_type(new[i], x.dtype)
+        return new
+
+    new = _alone(work_through, flat_carry) if apart else work_through(flat_carry)
     return jax.tree.map(lambda x, old: x.reshape(old.shape), treedef.unflatten(new), carry)
+
+
+def _alone(function: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """``function(carry)``, with temporaries that no other leaf's are beside.
+
+    In a loop of one turn, of which XLA does not know the number: otherwise it makes the new arrays
+    of all leaves first, and converts them at last.
+    """
+    turns = jax.lax.optimization_barrier(jnp.uint32(1))
+    return jax.lax.fori_loop(jnp.uint32(0), turns, lambda _, x: function(x), carry)

@@ -38,6 +38,7 @@ from jax.sharding import PartitionSpec as P
 import gefen_jax as gx
 
 MODEL = Config(d_model=64, layers=1, heads=2, context=32, batch=8, corpus_bytes=200_000)
+SAID = "[process 0] "  # begins every line of ours
 
 
 def fsdp(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -146,7 +147,7 @@ def digest(tree: Any, mesh: jax.sharding.Mesh) -> str:
 
 def say(line: str) -> None:
     if jax.process_index() == 0:
-        print(line, flush=True)
+        print(f"{SAID}{line}\n", end="", flush=True)  # one write: a whole line
 
 
 # --------------------------------------------------------------------- a cluster on one machine
@@ -193,16 +194,21 @@ class Cluster:
     def lines(self) -> Iterator[str]:
         """What process 0 says, without what the network library tells of its own.
 
+        The threads of that library mix their lines, halves of them may come before one of ours.
+
         Raises:
           RuntimeError: If a worker fails. On a busy machine that may be Gloo, which waits for
             30 seconds until all processes have compiled a program: start anew.
         """
         with self.out.open() as out:
+            begun = ""  # a line whose end is not yet written
             while True:
                 codes = [worker.poll() for worker in self.workers]
-                for line in out:
-                    if not line.startswith("[Gloo]"):
-                        yield line.rstrip()
+                *whole, begun = (begun + out.read()).split("\n")
+                for line in whole:
+                    _, said, rest = line.partition(SAID)
+                    if said:
+                        yield rest
                 if any(codes):
                     raise RuntimeError(f"a worker failed:\n{self.log.read_text()[-2000:]}")
                 if None not in codes:

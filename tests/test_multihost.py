@@ -44,6 +44,20 @@ def test_a_killed_process(tmp_path):
     assert (run / "plan.json").exists()
 
 
+def test_lines_that_another_library_breaks(tmp_path):
+    class Ended:
+        def poll(self) -> int:
+            return 0
+
+    said = Cluster.__new__(Cluster)
+    said.workers, said.out = [Ended()], tmp_path / "run.out"
+    said.out.write_text(
+        "[Gloo] Rank 0[Gloo] Rank 0 is connected\n is connected\n"
+        "[Gloo] [process 0] step 3 loss 1.5\n[process 0] step 4 loss 1.25\n[process 0] not yet wh"
+    )
+    assert list(said.lines()) == ["step 3 loss 1.5", "step 4 loss 1.25"]
+
+
 def test_the_result_file():
     results = json.loads(_RESULT.read_text())["results"]
     kills, every = results["kills"], results["save_every"]

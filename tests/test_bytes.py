@@ -25,6 +25,8 @@ from gefen_jax._blocks import stats_shape
 from gefen_jax._candidates import block_by_shape, candidate_blocks
 from gefen_jax._constants import MIN_BLOCK
 
+pytestmark = pytest.mark.once
+
 # Model, parameters; bounds: shared blocks by shape and calibrated, dual codes, any gradient.
 MODELS = {
     "gpt2_small": (shapes.gpt2_small, 124_439_808, 1.02, 1.03, 1.05),

@@ -21,6 +21,8 @@ from gefen_jax._builtin import builtin_codebook, derive
 from gefen_jax._codebook import bin_centers, learn, learn_reference, solve
 from gefen_jax._encoder import lookup_is_exact
 
+pytestmark = pytest.mark.once
+
 _COST_RTOL = 1e-12
 _CODES = 256
 _BINS = 4096

@@ -660,6 +660,7 @@ def _check_update(update, g, new: Moments, block, t: int, s: _Setting, layout: L
         assert np.all(np.abs(update[at] - sum(terms) / root) <= error)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", _SETTINGS)
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_step_is_what_the_docstring_says(name, kind, monkeypatch):

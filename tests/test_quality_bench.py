@@ -16,6 +16,8 @@ from quality_statistics import best_lr, by_setup, compare, losses, paired, t_qua
 from quality_tasks import TASKS
 from quality_train import Recipe, Trainer
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):

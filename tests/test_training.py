@@ -17,6 +17,8 @@ import pytest
 
 import gefen_jax as gx
 
+pytestmark = pytest.mark.once
+
 STEPS, SEEDS = 200, 3
 BATCH = 64
 

@@ -50,14 +50,19 @@ def run(directory: Path, last: int):
         tx = gx.gefen(3e-3, plan=plan)
         if first:
             like = jax.eval_shape(lambda p: {"params": p, "opt_state": tx.init(p)}, params)
-            state = manager.restore(first, args=ocp.args.StandardRestore(like))
+            what = {"state": ocp.args.StandardRestore(like), "sums": ocp.args.JsonRestore()}
+            saved = manager.restore(first, args=ocp.args.Composite(**what))
+            gx.check_fingerprint(saved.state, saved.sums)  # to the last bit what was saved
+            state = saved.state
         else:
             plan.save(directory / "plan.json")
             state = {"params": params, "opt_state": tx.init(params)}
         params, opt_state, loss = train(tx, graphdef, **state, first=first, last=last)
         print(f"gefen, steps {first} to {last}: loss {loss:.6f}")
         state = {"params": params, "opt_state": opt_state}
-        manager.save(last, args=ocp.args.StandardSave(state))  # asynchronous
+        sums = ocp.args.JsonSave(gx.fingerprint(state))
+        what = {"state": ocp.args.StandardSave(state), "sums": sums}
+        manager.save(last, args=ocp.args.Composite(**what))  # asynchronous
     return loss
 
 

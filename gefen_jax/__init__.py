@@ -6,6 +6,8 @@ from gefen_jax._alias import gefen as gefen
 from gefen_jax._calibrate import calibrate as calibrate
 from gefen_jax._dual_code import DualCode as DualCode
 from gefen_jax._exact import Exact as Exact
+from gefen_jax._fingerprint import check_fingerprint as check_fingerprint
+from gefen_jax._fingerprint import fingerprint as fingerprint
 from gefen_jax._flash import ScaleByFlashAdamState as ScaleByFlashAdamState
 from gefen_jax._flash import ScaleByFlashMomentumState as ScaleByFlashMomentumState
 from gefen_jax._flash import scale_by_flash_adam as scale_by_flash_adam

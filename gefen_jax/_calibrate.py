@@ -222,6 +222,12 @@ def _reference_leaves(leaves: list[_Leaf]) -> list[LeafPlan]:
             kind, reason = decided_by_size([spec])[spec.path]
             plans.append(LeafPlan(spec.path, spec.shape, kind, reason))
             continue
+        if not all(getattr(g, "is_fully_addressable", True) for g in grads):
+            raise ValueError(
+                f"the gradient of `{spec.path}` lies on devices of other processes, and"
+                ' `rule="reference"` computes on the host: gather the gradients first'
+                " (`jax.experimental.multihost_utils.process_allgather`), or take the default rule"
+            )
         flat = [np.asarray(g, np.float32).reshape(-1) for g in grads]
         if not all(np.all(np.isfinite(g)) for g in flat):
             raise _not_finite(spec.path)

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
-import json
 import operator
 import os
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from gefen_jax import _plan_json
 from gefen_jax._blocks import Shape, fits_shards
 from gefen_jax._constants import CODES, LEVELS
 from gefen_jax._encoder import lookup_is_exact
@@ -23,9 +23,6 @@ from gefen_jax._paths import LeafSpec, param_specs
 from gefen_jax._specs import Partition, shares
 from gefen_jax._types import Kind
 from gefen_jax._untrained import Untrained
-
-_FORMAT = "gefen_jax plan"
-VERSION = 2  # 1 differs in the dual code, whose bytes were laid out in another way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,39 +213,25 @@ class Plan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan as JSON, one leaf per line; the file appears whole or not at all."""
-        head = {
-            "format": _FORMAT,
-            "version": VERSION,
-            "rule": self.rule,
-            "codebook_reason": self.codebook_reason,
-        }
-        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
         leaves = [
-            json.dumps(
-                {
-                    "path": leaf.path,
-                    "shape": leaf.shape,
-                    "kind": leaf.kind.name,
-                    **dataclasses.asdict(leaf.kind),  # pyright: ignore[reportArgumentType] (Protocol)
-                    "reason": leaf.reason,
-                    **({} if leaf.partition is None else leaf.partition._asdict()),
-                }
-            )
+            {
+                "path": leaf.path,
+                "shape": leaf.shape,
+                "kind": leaf.kind.name,
+                **dataclasses.asdict(leaf.kind),  # pyright: ignore[reportArgumentType] (Protocol)
+                "reason": leaf.reason,
+                **({} if leaf.partition is None else leaf.partition._asdict()),
+            }
             for leaf in self.leaves
         ]
-        lines.append('  "leaves": [\n    ' + ",\n    ".join(leaves) + "\n  ],")
-        # The shortest decimal that reads back as the same float32.
-        entries = ", ".join(str(np.float32(c)) for c in self.codebook)
-        lines.append(f'  "codebook": [{entries}]')
-        text = "{\n" + "\n".join(lines) + "\n}\n"
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+        data = {
+            "rule": self.rule,
+            "codebook_reason": self.codebook_reason,
+            "leaves": leaves,
+            # The shortest decimals that read back as the same float32.
+            "codebook": [float(str(np.float32(c))) for c in self.codebook],
+        }
+        _plan_json.write(path, data)
 
     def check_saved(self, path: str | os.PathLike) -> None:
         """Refuses a checkpoint of another plan: the plan saved beside it must be as this one.
@@ -334,19 +317,7 @@ class Plan:
             read.
         """
         try:
-            with open(path, encoding="utf-8") as file:
-                data = json.load(file)
-            if data["format"] != _FORMAT:
-                raise ValueError(f"its format is {data['format']!r}")
-            if data["version"] not in (1, VERSION):
-                raise ValueError(
-                    f"its version is {data['version']!r}, this package reads {VERSION}"
-                )
-            if data["version"] == 1 and any(x["kind"] == "dual_code" for x in data["leaves"]):
-                raise ValueError(
-                    "its version is 1, whose dual code laid out bytes in another way: make the plan"
-                    " anew, and the optimizer's state with it"
-                )
+            data = _plan_json.read(path)
             leaves = tuple(_read_leaf(leaf) for leaf in data["leaves"])
             return cls(leaves, tuple(data["codebook"]), data["codebook_reason"], data["rule"])
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

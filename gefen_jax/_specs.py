@@ -129,7 +129,10 @@ def shardings(
         found = [_own_sharding(x) for _, x in flat]
     else:
         found = _specs_by_leaf(params, specs)
-    on_mesh = [None if x is None else _on(mesh, x) for x in found]
+    on_mesh = [
+        None if x is None else _on(mesh, x, path_name(path))
+        for (path, _), x in zip(flat, found, strict=True)
+    ]
     for (path, x), sharding in zip(flat, on_mesh, strict=True):
         if sharding is not None:
             _check_fits(path_name(path), jnp.shape(x), sharding)
@@ -185,15 +188,24 @@ def _specs_by_leaf(params: Any, specs: Any) -> list[PartitionSpec | NamedShardin
     return jax.tree.leaves(whole, is_leaf=_is_spec)
 
 
-def _on(mesh: Mesh | AbstractMesh | None, spec: PartitionSpec | NamedSharding) -> NamedSharding:
+def _on(
+    mesh: Mesh | AbstractMesh | None, spec: PartitionSpec | NamedSharding, name: str
+) -> NamedSharding:
     """On this mesh, if one is given."""
+    memory_kind = None
     if isinstance(spec, NamedSharding):
         if mesh is None:
             return spec
-        return NamedSharding(mesh, spec.spec, memory_kind=spec.memory_kind)
+        spec, memory_kind = spec.spec, spec.memory_kind
     if mesh is None:
         raise ValueError("`mesh` must be given for `specs` that are PartitionSpecs")
-    return NamedSharding(mesh, spec)
+    for axis in (axis for names in spec for axis in _several(names)):
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"`specs` cuts `params[{name}]` by {spec}, and the mesh has no axis {axis!r}, only"
+                f" {mesh.axis_names}: logical names must be replaced by the mesh's"
+            )
+    return NamedSharding(mesh, spec, memory_kind=memory_kind)
 
 
 def _check_fits(name: str, shape: Shape, sharding: NamedSharding) -> None:

@@ -32,6 +32,8 @@ PUBLIC = [
     "Untrained",
     "WideDualCode",
     "calibrate",
+    "check_fingerprint",
+    "fingerprint",
     "flash_adam",
     "flash_adamw",
     "flash_lion",

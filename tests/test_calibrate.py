@@ -354,6 +354,15 @@ def test_sharded_gradients_give_the_same_reference(histograms):
     np.testing.assert_array_equal(*histograms)
 
 
+def test_reference_refuses_arrays_of_other_processes():
+    class Elsewhere(np.ndarray):
+        is_fully_addressable = False
+
+    grads = {"w": np.zeros((64, 128), np.float32).view(Elsewhere)}
+    with pytest.raises(ValueError, match="`w` lies on devices of other processes.*allgather"):
+        gx.calibrate(grads, grads, rule="reference")
+
+
 # The codebook -----------------------------------------------------------------------------------
 
 

@@ -197,7 +197,7 @@ def test_a_flipped_bit_in_orbaxs_files(tmp_path):
     """An error, the same state, or other numbers of the same shapes and dtypes; never another step.
 
     Orbax 0.12 has no checksum of an array's bytes: a flipped bit of them goes unnoticed, for any
-    optimizer. Keep a checksum of the files beside them if the disk is not to be trusted.
+    optimizer. `gefen_jax.check_fingerprint` finds it: `test_fingerprint.py`.
     """
     now = jax.device_get(_train("gefen", _start("gefen"), range(1)))
     with ocp.CheckpointManager(tmp_path) as manager:

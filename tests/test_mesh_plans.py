@@ -175,6 +175,7 @@ _REFUSED = {
     "does not divide": (P("x"), _mesh(x=8), r"`params\[w\]` of shape \(12, 1024\) cannot be cut"),
     "rank": (P(None, None, "x"), _mesh(x=8), r"`params\[w\]` of shape \(12, 1024\) cannot be cut"),
     "no mesh": (P("x"), None, "`mesh` must be given"),
+    "logical names": (P("embed"), _mesh(x=8), r"`params\[w\]` by .*no axis 'embed', only \('x',\)"),
     "other specs": ({"v": P()}, _mesh(x=8), "`specs` must be a tree like `params`"),
 }
 

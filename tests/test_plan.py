@@ -349,14 +349,14 @@ def test_file_is_readable(plan, tmp_path):
     plan.save(path)
     text = path.read_text()
     data = json.loads(text)
-    assert data["format"] == "gefen_jax plan" and data["version"] == 2
+    assert data["format"] == "gefen_jax plan" and data["version"] == 3
     assert data["rule"] == "shape" and len(data["codebook"]) == 256
     # One leaf per line, findable by its path; nothing but the codebook is long.
     lines = text.splitlines()
     for leaf in plan.leaves:
         (line,) = (x for x in lines if f'"path": {json.dumps(leaf.path)}' in x)
         assert json.loads(line.strip().rstrip(","))["reason"] == leaf.reason
-    assert len(lines) == len(plan.leaves) + 9
+    assert len(lines) == len(plan.leaves) + 10
     assert [len(x) > 200 for x in lines].count(True) == 1
 
 
@@ -368,13 +368,18 @@ def test_file_can_be_read_by_others(plan, tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(ordinary.stat().st_mode)
 
 
+def _unchecked(text):
+    """As version 2 wrote it, without a checksum, which would find most of these damages first."""
+    return {k: v for k, v in json.loads(text).items() if k != "checksum"} | {"version": 2}
+
+
 def _edit(**changes):
-    return lambda text: json.dumps({**json.loads(text), **changes})
+    return lambda text: json.dumps({**_unchecked(text), **changes})
 
 
 def _edit_leaf(**changes):
     def edit(text):
-        data = json.loads(text)
+        data = _unchecked(text)
         data["leaves"][3] |= changes  # layers/0/kernel
         return json.dumps(data)
 
@@ -382,7 +387,7 @@ def _edit_leaf(**changes):
 
 
 def _without(key):
-    return lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != key})
+    return lambda text: json.dumps({k: v for k, v in _unchecked(text).items() if k != key})
 
 
 # A damaged file, and what the message says besides the file's name.
@@ -397,7 +402,10 @@ _DAMAGES = {
     "null": (lambda text: "null", ""),
     "other JSON": (lambda text: '{"a": 1}', "format"),
     "other format": (_edit(format="something"), "format.*something"),
-    "version 3": (_edit(version=3), "version is 3.*reads 2"),
+    "version 4": (_edit(version=4), "version is 4.*reads 3"),
+    "no checksum": (_edit(version=3), "checksum does not fit"),
+    "edited": (lambda text: text.replace("128", "64"), "checksum does not fit"),
+    "called older": (lambda text: text.replace('"version": 3', '"version": 2'), "checksum"),
     "old dual code": (_edit(version=1), "version is 1, whose dual code.*make the plan anew"),
     "version of wrong type": (_edit(version="2"), "version is '2'"),
     "no version": (_without("version"), "version"),

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, UInt32
 
 from gefen_jax._dither import positions
@@ -58,6 +59,9 @@ def check_fingerprint(tree: Any, saved: Mapping[str, str]) -> None:
       tree: What was restored.
       saved: What `fingerprint` returned before it was saved.
 
+    Returns:
+      None: what fits, passes.
+
     Raises:
       ValueError: For the first leaf, by name, that has other bits, another dtype or shape, or is in
         one of the two only.
@@ -95,7 +99,7 @@ def _entries(tree: Any) -> Iterator[tuple[str, str]]:
     leaves = [(path, x) for path, x in named_leaves(tree) if x is not None]
     check_names(path for path, _ in leaves)
     for path, x in leaves:
-        if isinstance(x, jax.core.Tracer):
+        if isinstance(x, Tracer):
             raise TypeError(f"`{path}` has no numbers inside of `jit`: call this outside of it")
         x = x if isinstance(x, jax.Array) else np.asarray(x)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -109,8 +113,8 @@ def _sum_of(x: jax.Array | np.ndarray) -> int:
     if isinstance(x, np.ndarray):
         # On the host, where 64 bits are what they are: JAX would make them 32.
         words = np.ascontiguousarray(x).reshape(-1).view(f"u{min(x.itemsize, 4)}")
-        x = jnp.asarray(words)
-    elif x.sharding.memory_kind == "pinned_host":
+        return int(replicated(_sum, jnp.asarray(words)))
+    if x.sharding.memory_kind == "pinned_host":
         x = jax.device_put(x, x.sharding.with_memory_kind("device"))
     return int(replicated(_sum, x))
 

@@ -61,8 +61,9 @@ class Axis(NamedTuple):
         """Elements along the axis."""
         return math.prod(self.sizes)
 
-    def distances(self, index: UInt32[Array, "n"]) -> UInt32[Array, "n"]:
-        """How far from its first element those at these indices are."""
+    @property
+    def steps(self) -> tuple[tuple[int, int], ...]:
+        """Sizes and strides of as few axes as will do, the slowest first."""
         steps: list[tuple[int, int]] = []
         for size, stride in zip(self.sizes, self.strides, strict=True):
             if size == 1:
@@ -71,11 +72,14 @@ class Axis(NamedTuple):
             if steps and steps[-1][1] == size * stride:
                 size *= steps.pop()[0]
             steps.append((size, stride))
+        return tuple(steps)
+
+    def distances(self, index: UInt32[Array, "n"]) -> UInt32[Array, "n"]:
+        """How far from its first element those at these indices are."""
         total = jnp.zeros_like(index)
-        while steps:
-            size, stride = steps.pop()
+        for i, (size, stride) in reversed(list(enumerate(self.steps))):
             # The slowest has what is left of the index: no division where nothing has a gap.
-            index, here = jnp.divmod(index, np.uint32(size)) if steps else (index, index)
+            index, here = jnp.divmod(index, np.uint32(size)) if i else (index, index)
             total += here * np.uint32(stride & 0xFFFFFFFF)
         return total
 

@@ -8,7 +8,8 @@ from jaxtyping import Array
 
 import pallas_kernels
 from gefen_jax._backend import NO_DERIVATIVE
-from gefen_jax._blocks import Shape, flat_view, row_major
+from gefen_jax._blocks import Axis, Shape, flat_view
+from gefen_jax._dither import strides_at
 from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._pairs import stretches
 from gefen_jax._types import Moments, Move, Step, Weight
@@ -50,17 +51,10 @@ def _moments(result: DualStepResult) -> Moments:
 def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -> DualStepResult:
     g, moments = not_differentiable((g, moments), NO_DERIVATIVE)
     backend: Any = step.backend
-    offset: Any = 0
-    if step.place is not None:
-        offset = step.place.offset
-        if step.place.strides != row_major(g.shape):
-            raise NotImplementedError(
-                f"`backend` {backend!r} takes parts of a leaf that lie in one piece, found one of"
-                f" {g.shape} whose axes are {step.place.strides} elements apart: cut the leaf along"
-                " its first axis only, or use None or 'xla'"
-            )
+    offset: Any = 0 if step.place is None else step.place.offset
+    axes = Axis(g.shape, strides_at(g.shape, step.place)).steps[::-1]
     view, number = flat_view(g.shape, block), stretches(block)
-    layout = DualLayout(view.blocks, number, view.period // number // 2, view.inner)
+    layout = DualLayout(view.blocks, number, view.period // number // 2, view.inner, axes)
 
     def launch(interpret: bool) -> Any:
         def run(

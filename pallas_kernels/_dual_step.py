@@ -138,13 +138,22 @@ def _tile(layout: DualLayout, config: DualStepConfig) -> _Tile:
     return _Tile(first, second, mask, stats, stats_mask)
 
 
+def _position(at: tuple[Array, Array, Array], layout: DualLayout) -> UInt32[Array, "..."]:
+    """Where elements lie in the whole leaf."""
+    row, inside, column = at
+    index = (row * layout.period + inside) * layout.inner + column
+    position, strides = np.uint32(0), tuple(map(np.uint32, layout.strides))
+    for size, stride in zip(layout.faster, strides, strict=False):
+        here = jax.lax.rem(index, jnp.int32(size)).astype(jnp.uint32)
+        position, index = position + here * stride, jax.lax.div(index, jnp.int32(size))
+    return position + index.astype(jnp.uint32) * strides[-1]
+
+
 def _dither(
     words: tuple[Array, Array, Array], at: tuple[Array, Array, Array], layout: DualLayout
 ) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
     """The two fractions of the elements there, in units of 2^-32."""
-    row, inside, column = (index.astype(jnp.uint32) for index in at)
-    period, inner = np.uint32(layout.period), np.uint32(layout.inner)
-    word = (words[2] + (row * period + inside) * inner + column) ^ words[0]
+    word = (words[2] + _position(at, layout)) ^ words[0]
     word = (word ^ (word >> 16)) * _MIX1
     word = (word ^ (word >> 15)) * _MIX2
     return word + words[1], (word ^ (word >> 16)) * _MIX3 + words[1]

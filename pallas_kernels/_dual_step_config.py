@@ -1,6 +1,7 @@
 """The shape of a dual code's step, and how it is cut into programs."""
 
 import dataclasses
+import math
 
 # Of a thread: one 16-byte load of float32 per half of a run, and its codes in one word. With more,
 # Triton lays bytes and float32 out differently and moves one of them through shared memory.
@@ -31,17 +32,34 @@ class DualLayout:
 
     What shares a scale is all of ``[i, :, :, j]``: ``period`` elements. A pair is elements k and
     k + half of one stretch.
+
+    The leaf may be a part of another one, with gaps between. Then ``axes`` are the sizes of the
+    part's axes and the strides that these have in the whole, the fastest first.
     """
 
     blocks: int
     stretches: int
     half: int
     inner: int = 1
+    axes: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
+        for name in ("blocks", "stretches", "half", "inner"):
+            value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"`{name}` of a layout must be at least 1, got {value}")
+        if self.axes and math.prod(size for size, _ in self.axes) != self.size:
+            raise ValueError(f"`axes` of a layout of {self.size} elements have others: {self.axes}")
+
+    @property
+    def faster(self) -> tuple[int, ...]:
+        """The sizes of all axes but the slowest."""
+        return tuple(size for size, _ in self.axes[:-1])
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of all axes, mod 2^32."""
+        return tuple(stride % 2**32 for _, stride in self.axes) or (1,)
 
     @property
     def pairs(self) -> int:

@@ -58,9 +58,19 @@ def _float(bits):
 
 
 @_jit
-def _dither(word0, word1, start, at):
+def _position(start, index, faster: tl.constexpr, strides: tl.constexpr):
+    """Where elements lie in the whole leaf."""
+    position = start
+    for i in tl.static_range(len(faster)):
+        position = position + (index % faster[i]).to(tl.uint32) * strides[i]
+        index = index // faster[i]
+    return position + index.to(tl.uint32) * strides[len(faster)]
+
+
+@_jit
+def _dither(word0, word1, position):
     """The two fractions of the elements at these positions, in units of 2^-32."""
-    word = (start + at.to(tl.uint32)) ^ word0
+    word = position ^ word0
     word = (word ^ (word >> 16)) * 0x7FEB352D
     word = (word ^ (word >> 15)) * 0x846CA68B
     return word + word1, (word ^ (word >> 16)) * 0x9C8F2D35 + word1
@@ -159,6 +169,8 @@ def dual_step_kernel(
     exponent_ptr,
     correction_ptr,
     layout: tl.constexpr,  # blocks, stretches, half, inner
+    faster: tl.constexpr,  # of the axes that the leaf has in another one: see `DualLayout`
+    strides: tl.constexpr,
     tile: tl.constexpr,  # rows, pairs as a power of two, columns
     fused: tl.constexpr,
     nesterov: tl.constexpr,
@@ -215,8 +227,10 @@ def dual_step_kernel(
 
     start = tl.load(phase_ptr + 2)
     word0, word1 = tl.load(phase_ptr), tl.load(phase_ptr + 1)
-    nu_fraction, fraction1 = _dither(word0, word1, start, at1)
-    _, fraction2 = _dither(word0, word1, start, at2)
+    position1 = _position(start, at1, faster, strides)
+    position2 = _position(start, at2, faster, strides)
+    nu_fraction, fraction1 = _dither(word0, word1, position1)
+    _, fraction2 = _dither(word0, word1, position2)
     k1, k2, h, scale, exponent = _code(
         codebook, offset, slope, m1, m2, nu, nu_fraction, fraction1, fraction2
     )
@@ -232,7 +246,7 @@ def dual_step_kernel(
     # Before the product with a codebook's entry: of a nu that overflowed, inf * 0 is NaN.
     rate = scale * tl.sqrt(nu) * m_factor * inverse
     for i in tl.static_range(2):
-        at, k, g = (at1, k1, g1) if i == 0 else (at2, k2, g2)
+        at, position, k, g = (at1, position1, k1, g1) if i == 0 else (at2, position2, k2, g2)
         out = _lookup(codebook, k) * rate
         if nesterov:
             out = out + g * g_factor * inverse
@@ -243,5 +257,5 @@ def dual_step_kernel(
             out = tl.where(change == 0, theta, theta - change)
         fraction = None
         if stochastic:
-            fraction, _ = _dither(tl.load(phase_ptr + 3), tl.load(phase_ptr + 4), start, at)
+            fraction, _ = _dither(tl.load(phase_ptr + 3), tl.load(phase_ptr + 4), position)
         _store_param(param_ptr, correction_ptr, at, mask, out, fraction, bits)

@@ -67,6 +67,8 @@ def launch(
             *inputs,
             **pointers,
             layout=(layout.blocks, layout.stretches, layout.half, layout.inner),
+            faster=layout.faster,
+            strides=layout.strides,
             tile=(config.rows, next_power_of_two(layout.pairs), config.columns),
             fused=form.fused,
             nesterov=form.nesterov,

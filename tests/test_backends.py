@@ -257,34 +257,50 @@ def test_other_devices_are_refused():
         traced.lower(lowering_platforms=("tpu",))
 
 
-def _on_mesh(spec: P) -> Any:
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
-    grads = {"w": jax.random.normal(jax.random.key(0), (64, 256))}
-    return grads, jax.device_put(grads, NamedSharding(mesh, spec))
+_LAYOUTS = {"columns": P(None, "y"), "both": P("y", "x"), "an axis of both": P(("x", "y"))}
+_WHOLE = {"w": jax.random.normal(jax.random.key(0), (16, 1024))}
 
 
-def test_a_mesh_runs_the_kernel_on_every_shard():
-    """With the fractions that elements have in the whole leaf."""
-    grads, cut = _on_mesh(P("x"))
-    tx = gx.scale_by_gefen(backend="triton")
-    expected, state = _jit(tx.update)(grads, tx.init(grads))
-    updates, ours = _jit(tx.update)(cut, jax.jit(tx.init)(cut))
-    assert updates["w"].sharding.is_equivalent_to(cut["w"].sharding, 2)
-    _assert_same_state(ours, state)
-    np.testing.assert_allclose(updates["w"], expected["w"], rtol=48 * _U, atol=1e-6)
+def _kernel_step(params: Any, split: bool) -> Any:
+    """The step of a leaf, of dual codes, and what it starts with."""
+    plan = gx.plan_by_shape(params)
+    if not split:
+        tx = gx.scale_by_gefen(plan=plan, backend="triton")
+        return _jit(tx.update), (params, tx.init(params))
+    tx = gx.with_split_weights(gx.fused_gefen(1e-2, plan=plan, backend="triton"))
+    weights, _ = gx.split_weights(params)
+    return _jit(tx.step), (weights, tx.init(params), weights)
+
+
+@functools.cache
+def _on_one_device(split: bool) -> Any:
+    step, args = _kernel_step(_WHOLE, split)
+    return step(*args)
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("layout", "types", "split"),
     [
-        (P(None, "x"), "leaves on one device, found one of .64, 256"),  # blocks cross shards
-        (P(None, "y"), r"found one of .64, 128.* are .256, 1. elements apart"),
+        ("columns", AxisType.Auto, False),
+        ("both", AxisType.Explicit, False),
+        ("an axis of both", AxisType.Explicit, False),
+        ("both", AxisType.Auto, True),
     ],
 )
-def test_other_meshes_are_refused(spec, message):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
-    params = {"w": jax.device_put(jnp.ones((64, 256)), NamedSharding(mesh, spec))}
-    plan = gx.plan_by_shape({"w": jnp.ones((64, 256))}).with_kind("w", gx.DualCode((1, 128)))
-    tx = gx.scale_by_gefen(plan=plan, backend="triton")
-    with pytest.raises(NotImplementedError, match=message):
+def test_a_mesh_runs_the_kernel_on_every_shard(layout, types, split):
+    """With the fractions that elements have in the whole leaf, wherever in it a shard lies."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(types,) * 2)
+    at = NamedSharding(mesh, _LAYOUTS[layout])
+    step, args = _kernel_step(jax.device_put(_WHOLE, at), split)
+    (new, ours), (expected, state) = step(*args), _on_one_device(split)
+    assert new["w"].sharding.is_equivalent_to(at, 2)
+    _assert_same_state(ours, state)
+    np.testing.assert_allclose(new["w"], expected["w"], rtol=0 if split else 48 * _U, atol=1e-6)
+
+
+def test_blocks_that_cross_shards_are_refused():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    params = {"w": jax.device_put(jnp.ones((64, 256)), NamedSharding(mesh, P(None, "x")))}
+    tx = gx.scale_by_gefen(backend="triton")
+    with pytest.raises(NotImplementedError, match="leaves on one device, found one of .64, 256"):
         jax.eval_shape(tx.update, params, jax.jit(tx.init)(params))

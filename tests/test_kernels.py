@@ -342,6 +342,19 @@ class StepContract:
         check_equal(case, data, _plain(case)(data), found)
         return found
 
+    def test_a_part_with_gaps(self):
+        """Of rows of four blocks the middle two: the fractions of their places in the whole."""
+        case = Case(DualLayout(12, 1, 24), "bfloat16", "bfloat16", bits=24)
+        data, at = data_of(case, 0), np.arange(12).reshape(3, 4)[:, 1:3].reshape(-1)
+        axes = ((2 * 48, 1), (3, 4 * 48))
+        part = case._replace(layout=DualLayout(6, 1, 24, axes=axes))
+        leaves = ("g", "state", "param", "correction")
+        cut = {name: jax.tree.map(lambda x: x[at], getattr(data, name)) for name in leaves}
+        found = type(self).step(part)(data._replace(**cut), offset=48)
+        wanted = type(self).step(case)(data)
+        for ours, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(ours, theirs[at])
+
     @pytest.mark.parametrize("name", CASES)
     def test_equals_the_plain_step(self, name):
         """At the first step, where corrections are small, and at a later one."""
@@ -619,6 +632,8 @@ def test_wrong_arguments_are_named():
         _call(split, data._replace(param=weight, correction=jnp.zeros(5, jnp.int8)))
     with pytest.raises(ValueError, match="`half` of a layout must be at least 1, got 0"):
         DualLayout(1, 1, 0)
+    with pytest.raises(ValueError, match="`axes` of a layout of 96 elements have others"):
+        DualLayout(2, 1, 24, axes=((48, 1), (3, 96)))
     with pytest.raises(ValueError, match="`rows` of a config must be a power of two, got 3"):
         DualStepConfig(3, 1, 1)
     with pytest.raises(ValueError, match="`num_warps` must be at most 32, got 64"):

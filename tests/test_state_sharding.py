@@ -289,19 +289,20 @@ def test_bytes_per_device_of_experts_and_stages(model, kind):
         for name, (shape, spec) in leaves.items()
     }
     plan = gx.plan_by_shape(params, kind=kind)
-    share = _share(gx.gefen(1e-3, plan=plan), params)
-    assert 1 <= share <= 1.02
+    assert 1 <= _share(gx.gefen(1e-3, plan=plan), params) <= 1.02
 
 
 def test_bytes_per_device_without_a_plan():
-    """GPT-2's kernels by columns, of which 9 runs of 256 are not cut in 8: replicated, 2.4 %."""
+    """GPT-2's kernels by columns: 8 does not divide 3, 9 or 12 runs of 256, whose 5 bytes of
+    statistics every device then keeps: at most 7 * 5 / 256 more, 14 %.
+    """
     mesh = AbstractMesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     shapes = {"qkv": (768, 2304), "out": (768, 768), "up": (768, 3072), "down": (3072, 768)}
     at = NamedSharding(mesh, P(None, "fsdp"))
     params = {k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=at) for k, s in shapes.items()}
     plan = gx.plan_by_shape(params)
-    assert 1 <= _share(gx.gefen(1e-3, plan=plan), params) <= 1.005
-    assert 1.02 < _share(gx.gefen(1e-3), params) < 1.09
+    assert 1 <= _share(gx.gefen(1e-3, plan=plan), params) <= 1.02
+    assert 1.13 < _share(gx.gefen(1e-3), params) < 1.14
 
 
 # Steps ------------------------------------------------------------------------------------------

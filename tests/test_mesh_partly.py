@@ -184,3 +184,16 @@ def test_an_ensemble_over_an_explicit_axis(types):
     for _ in range(2):
         expected, alone = alone_step({"w": grads}, alone)
     chex.assert_trees_all_equal(*jax.device_get(((updates, state), (expected, alone))))
+
+
+def test_vmap_alone_over_an_explicit_axis():
+    """A limit of ours: adamw, which is elementwise in all it does, needs no `shard_map` there."""
+    mesh = _mesh((_EXPLICIT, _EXPLICIT))
+    grads = _grads()["w"].reshape(2, *_LOCAL)
+    cut = {"w": jax.device_put(grads, NamedSharding(mesh, P("x", None, "y")))}
+    with jax.set_mesh(mesh):
+        adamw = jax.vmap(functools.partial(_step, optax.adamw(1e-2)))
+        assert jax.eval_shape(jax.jit(adamw), cut).sharding.spec == P("x", None, "y")
+        gefen = jax.vmap(functools.partial(_step, gx.gefen(1e-2, plan=_plan(mesh))))
+        with pytest.raises((TypeError, ValueError), match="sharding|Resource axis"):
+            jax.eval_shape(jax.jit(gefen), cut)

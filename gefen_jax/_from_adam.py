@@ -12,6 +12,7 @@ from gefen_jax._backend import laid_out_like
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._constants import LEVELS
 from gefen_jax._paths import LeafSpec, named_leaves, path_name
+from gefen_jax._placed import placed_beside
 from gefen_jax._plan import Plan
 from gefen_jax._replan import check_known, known_leaves, tables_of
 from gefen_jax._transform import (
@@ -262,7 +263,8 @@ def _gefen_state(
         for spec, (_, mu, nu) in zip(specs, pairs, strict=True)
     ]
     count = jnp.asarray(state.count)
-    return ScaleByGefenState(count, codebook, codebook4, **by_slot(treedef, moments))
+    codebooks = placed_beside(state.mu, (codebook, codebook4))
+    return ScaleByGefenState(count, *codebooks, **by_slot(treedef, moments))
 
 
 def _checked(path: str, mu: Any, nu: Any, known: dict[str, LeafSpec]) -> LeafSpec:

@@ -13,6 +13,7 @@ from gefen_jax._constants import LEVELS
 from gefen_jax._encoder import make_encoder
 from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, param_specs
+from gefen_jax._placed import placed_beside
 from gefen_jax._plan import Plan
 from gefen_jax._transform import (
     ScaleByGefenState,
@@ -158,7 +159,8 @@ def _replan(
         )
         for spec, old in zip(specs, moments, strict=True)
     ]
-    return ScaleByGefenState(state.count, codebook, codebook4, **by_slot(treedef, new_moments))
+    codebooks = placed_beside(state.mu, (codebook, codebook4))
+    return ScaleByGefenState(state.count, *codebooks, **by_slot(treedef, new_moments))
 
 
 @jax.jit

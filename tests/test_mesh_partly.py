@@ -1,4 +1,4 @@
-"""Steps inside a `jax.shard_map` over some axes of a mesh, and on axes of two types under `vmap`.
+"""Steps inside a `jax.shard_map` over some axes of a mesh, and ensembles under `vmap`.
 
 The other axes are Auto or Explicit as before: there, too, every device steps its own shard, if the
 plan or the types say how leaves are cut.
@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,3 +157,43 @@ def test_an_ensemble_on_axes_of_two_types():
     assert " while(" not in compiled.as_text() and collectives(compiled.as_text()) == []
     expected = _on_one_device(gx.gefen, plan)
     np.testing.assert_array_equal(compiled(grads), expected.reshape(2, *_LOCAL))
+
+
+@pytest.mark.parametrize("types", [(_EXPLICIT, _AUTO), (_EXPLICIT, _EXPLICIT)], ids=str)
+def test_an_ensemble_over_an_explicit_axis(types):
+    """`vmap` of the members that a device has, in a `shard_map` over the axis that cuts them."""
+    mesh = _mesh(types)
+    tx = gx.scale_by_gefen(plan=_plan(mesh))
+    grads = _grads()["w"].reshape(2, *_LOCAL)
+    cut = {"w": jax.device_put(grads, NamedSharding(mesh, P("x", None, "y")))}
+    init = jax.jit(_over_x(jax.vmap(tx.init), mesh))
+    over_x = jax.shard_map(
+        jax.vmap(tx.update),
+        mesh=mesh,
+        in_specs=(P("x"), P("x")),
+        out_specs=P("x"),
+        axis_names={"x"},
+    )
+    with jax.set_mesh(mesh):
+        state = init(cut)
+        step = jax.jit(over_x).lower(cut, state).compile()
+        for _ in range(2):
+            updates, state = step(cut, jax.device_put(state, step.input_shardings[0][1]))
+    assert types[1] == _EXPLICIT or collectives(step.as_text()) == []
+    alone, alone_step = jax.vmap(tx.init)({"w": grads}), jax.jit(jax.vmap(tx.update))
+    for _ in range(2):
+        expected, alone = alone_step({"w": grads}, alone)
+    chex.assert_trees_all_equal(*jax.device_get(((updates, state), (expected, alone))))
+
+
+def test_vmap_alone_over_an_explicit_axis():
+    """A limit of ours: adamw, which is elementwise in all it does, needs no `shard_map` there."""
+    mesh = _mesh((_EXPLICIT, _EXPLICIT))
+    grads = _grads()["w"].reshape(2, *_LOCAL)
+    cut = {"w": jax.device_put(grads, NamedSharding(mesh, P("x", None, "y")))}
+    with jax.set_mesh(mesh):
+        adamw = jax.vmap(functools.partial(_step, optax.adamw(1e-2)))
+        assert jax.eval_shape(jax.jit(adamw), cut).sharding.spec == P("x", None, "y")
+        gefen = jax.vmap(functools.partial(_step, gx.gefen(1e-2, plan=_plan(mesh))))
+        with pytest.raises((TypeError, ValueError), match="shard|Resource axis"):  # JAX's own
+            jax.eval_shape(jax.jit(gefen), cut)

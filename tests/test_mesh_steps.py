@@ -206,9 +206,8 @@ _AUTO, _EXPLICIT, _MANUAL = AxisType.Auto, AxisType.Explicit, AxisType.Manual
 _MIXED = (_AUTO, _EXPLICIT)
 
 # (optimizer, layout, types of axes)
-_ON_OTHERS = {"fsdp 2 x tensor 4": _EXPLICIT, "zero-1": _EXPLICIT, "stages": _MIXED}
-_CASES = [("gefen", name, _AUTO) for name in _LAYOUTS if name != "fsdp 2 x tensor 4"]
-_CASES += [("gefen", name, types) for name, types in _ON_OTHERS.items()]
+_CASES = [("gefen", name, types) for name in _LAYOUTS for types in (_AUTO, _EXPLICIT)]
+_CASES += [("gefen", "stages", _MIXED)]
 _CASES += [("gefen, whole", "fsdp", _AUTO), ("adamw", "zero-1", _AUTO)]
 _CASES += [("split", "fsdp 4 x tensor 2", types) for types in (_AUTO, _MIXED[::-1])]
 _CASES += [("split", "zero-1", _EXPLICIT)]

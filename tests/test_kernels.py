@@ -653,17 +653,10 @@ def test_too_large_for_the_kernel(layout):
         jax.eval_shape(step, *(jax.ShapeDtypeStruct(*x) for x in shapes))
 
 
-@given(
-    layout=st.builds(
-        DualLayout,
-        st.integers(1, 10**6),
-        st.integers(1, 8),
-        st.integers(1, 512),
-        st.integers(1, 10**5),
-    )
-)
-def test_configs_cover_their_blocks(layout):
+@given(st.integers(1, 10**6), st.integers(1, 8), st.integers(1, 512), st.integers(1, 10**5))
+def test_configs_cover_their_blocks(blocks, stretches, half, inner):
     """Whole blocks per program; 4 pairs per thread, or fewer in one warp."""
+    layout = DualLayout(blocks, stretches, half, inner)
     config = dual_step_config(layout)
     pairs = 1 << (layout.pairs - 1).bit_length()
     per_thread = config.rows * config.columns * pairs / (32 * config.num_warps)

@@ -270,6 +270,66 @@ class _Net(eqx.Module):
     blocks: list[jax.Array]
 
 
+def test_a_layer_of_flash_moments_is_rounded_as_in_the_whole_leaf():
+    """By its own fractions: with the same gradient, layers do not have the same scales."""
+    optimizer = gx.flash_adamw(**_ADAM)
+    # Groups along the last axis, and in a vector: 5 of them in each of 3 layers.
+    params = {"layers": {"rows": jnp.ones((3, 4, 64)), "vector": jnp.ones((3, 8, 20))}}
+    rng = np.random.default_rng(0)
+    batch = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape[1:]), x.dtype), params)
+
+    def layer(layer_params, x):  # with the batch as its gradient, without any rounding
+        total, batch = x
+        products = jax.tree.map(lambda p, b: jnp.sum(p * b), layer_params, batch["layers"])
+        return total + sum(jax.tree.leaves(products)), batch
+
+    step = gx.gradient_release(
+        optimizer, lambda _, batch: (jnp.float32(0), batch), layer, lambda _, x, batch: x[0]
+    )
+    opt_state = optimizer.init(params)
+    *ours, _ = jax.jit(step)(params, opt_state, batch)
+
+    @jax.jit
+    def ordinary(params, opt_state, batch):
+        grads = jax.tree.map(lambda b: jnp.broadcast_to(b, (3, *b.shape)), batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    _assert_equal(tuple(ours), ordinary(params, opt_state, batch))
+    for scales in jax.tree.leaves(optax.tree.get(ours[1], "mu_scale")):
+        layers = np.asarray(scales).reshape(3, -1)
+        assert np.any(layers[0] != layers[1]) and np.any(layers[1] != layers[2])
+
+
+def test_layers_of_a_list_may_change_the_shape():
+    params = [{"w": jnp.full((8, 4), 0.5)}, {"w": jnp.full((4, 2), 0.25)}]
+    optimizer = optax.sgd(0.5)
+    functions = (lambda _, x: x, lambda p, x: x @ p["w"], lambda _, x, __: jnp.sum(x))
+    step = gx.gradient_release(
+        optimizer, *functions, layers=lambda params: params, skip_nonfinite=True
+    )
+    x = jnp.ones((2, 8))
+    new, _, loss = jax.jit(step)(params, optimizer.init(params), x)
+
+    def value(params):
+        return jnp.sum(x @ params[0]["w"] @ params[1]["w"])
+
+    # Numbers are powers of two, or whole: sums are exact.
+    assert loss == value(params) == 8.0
+    _assert_equal(new, jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(value)(params)))
+    same = jax.jit(step)(params, optimizer.init(params), jnp.full((2, 8), jnp.inf))[0]
+    _assert_equal(same, params)
+
+
+def test_stacked_layers_may_not_change_the_shape():
+    step = gx.gradient_release(
+        optax.sgd(0.1), lambda _, x: x, lambda p, x: x @ p, lambda _, x, __: jnp.sum(x)
+    )
+    params = {"layers": jnp.ones((2, 8, 4))}
+    with pytest.raises(ValueError, match=r"`layer` must return .*\(1, 4\).* for .*\(1, 8\).*list"):
+        jax.eval_shape(step, params, optax.sgd(0.1).init(params), jnp.ones((1, 8)))
+
+
 def test_any_tree_of_parameters():
     params = _Net(jnp.ones(8), [jnp.full((8, 8), 0.1), jnp.full((8, 8), 0.2)])
     optimizer = optax.sgd(0.1)
@@ -338,7 +398,14 @@ _MISFITS: dict[str, Any] = {
     "skipping in a wrapper": (lambda: optax.apply_if_finite(optax.sgd(0.1), 3), {}, "finite"),
     "clipping in the fused step": (lambda: gx.fused_gefen(0.1, max_norm=1.0), {}, "`max_norm`"),
     "gefen that is stacked": (lambda: gx.gefen(0.1), {}, "gx.fused_gefen"),
-    "blocks over layers": (_crossing, {}, "`layers/up`"),
+    "blocks over layers": (_crossing, {}, r"`layers/up`.*`plan\.with_kind`"),
+    "a state without layers": (lambda: gx.microadam(0.1), {}, "`layers/.*as a list"),
+    "noise": (lambda: optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), {}, "random"),
+    "noise, now and then": (
+        lambda: optax.conditionally_transform(optax.add_noise(0.1, 0.5, 0), lambda step: step > 3),
+        {},
+        "random",
+    ),
     "no layers": (
         lambda: optax.sgd(0.1),
         {"layers": lambda p: {"a": p["out"], "b": p["table"]}},
@@ -365,6 +432,16 @@ def test_what_does_not_fit_is_refused(name):
     opt_state = jax.eval_shape(optimizer.init, params)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(_released(optimizer, **options), params, opt_state, _batch(0))
+
+
+def test_groups_of_flash_moments_that_cross_layers():
+    """2 x 20 elements have two groups, as two layers have, but others: 32 and 8."""
+    optimizer, params = gx.flash_lion(0.1), {"layers": jnp.ones((2, 20))}
+    step = gx.gradient_release(
+        optimizer, lambda _, x: x, lambda p, x: x + jnp.sum(p), lambda _, x, __: x
+    )
+    with pytest.raises(ValueError, match="`layers`.*cross layers"):
+        jax.eval_shape(step, params, optimizer.init(params), 0.0)
 
 
 def test_a_loss_must_be_a_scalar():

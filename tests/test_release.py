@@ -481,8 +481,20 @@ def test_any_tree_of_parameters():
 # Memory ------------------------------------------------------------------------------------------
 
 
-def test_temporaries_are_those_of_one_layer():
-    """Under 1 byte per parameter, where the gradients alone have 2."""
+# Bytes per parameter, at most, of temporaries on a CPU, where all gradients would be 2. They are
+# some arrays of a layer, of which one in float32 is 4 / 16.
+_TEMPORARIES: dict[str, Any] = {
+    "fused, 16 bits": (lambda: gx.with_split_weights(gx.fused_gefen(1e-3), 16), 0.75),
+    "fused, 24 bits": (lambda: gx.with_split_weights(gx.fused_gefen(1e-3)), 1.0),
+    "fused, 32 bits": (lambda: gx.with_split_weights(gx.fused_gefen(1e-3), 32), 1.2),
+    "flash": (lambda: gx.with_split_weights(gx.flash_adamw(1e-3), gradient_dtype=None), 1.3),
+    "adamw": (lambda: gx.with_split_weights(optax.adamw(1e-3)), 1.3),
+}
+
+
+@pytest.mark.parametrize("name", _TEMPORARIES)
+def test_temporaries_are_those_of_one_layer(name):
+    make, most = _TEMPORARIES[name]
 
     def layer(w, x):
         return x + jnp.tanh(x @ w) @ w.T
@@ -493,7 +505,7 @@ def test_temporaries_are_those_of_one_layer():
     def head(params, x, batch):
         return jnp.sum(jnp.square(x - batch).astype(jnp.float32))
 
-    optimizer = gx.with_split_weights(gx.fused_gefen(1e-3))
+    optimizer = make()
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     params = {"in": struct((512,)), "layers": struct((16, 512, 1024))}
     opt_state, batch = jax.eval_shape(optimizer.init, params), struct((1, 512))
@@ -501,7 +513,7 @@ def test_temporaries_are_those_of_one_layer():
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, batch).compile()
     used = compiled.memory_analysis()
     size = 16 * 512 * 1024
-    assert used.temp_size_in_bytes < size
+    assert used.temp_size_in_bytes < most * size
     donated = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, opt_state)))
     assert used.alias_size_in_bytes >= donated
 

@@ -92,7 +92,7 @@ def _transformation(
         del params
         part = extra_args.get("gefen_part", Part())
         flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
-        slots = zip(*(treedef.flatten_up_to(tree) for tree in state[1:]), strict=True)
+        slots = [*zip(*(treedef.flatten_up_to(tree) for tree in state[1:]), strict=True)]
         kept = [
             None if leaf[0] is None else tuple(map(Coded, leaf[::2], leaf[1::2])) for leaf in slots
         ]
@@ -107,7 +107,7 @@ def _transformation(
         phases = leaf_phases(paths, count)
         for i in trained:
             # Scales of a layer are rounded by the fractions that they have in the whole leaf.
-            place = part.place(kept[i][0].scale.shape)
+            place = part.place(jnp.shape(slots[i][1]))
             args = results[i], kept[i], scalars, phases[i], place
             results[i], kept[i] = update_leaf(*args, rule=rule)
         new_state = make_state(count, *_by_slot(treedef, kept, number))

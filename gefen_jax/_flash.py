@@ -12,9 +12,10 @@ from jaxtyping import Array, Int
 
 from gefen_jax._companding import FIRST, SECOND, Coded
 from gefen_jax._dither import leaf_phases
-from gefen_jax._flash_step import Kept, Real, Rule, check_leaf, init, update_leaf
+from gefen_jax._flash_step import Kept, Real, Rule, check_layer, check_leaf, init, update_leaf
 from gefen_jax._paths import leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
+from gefen_jax._release_part import Part
 from gefen_jax._transform import check_number, decay_at
 from gefen_jax._types import Decay
 
@@ -88,9 +89,10 @@ def _transformation(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, _State]:
-        del params, extra_args
+        del params
+        part = extra_args.get("gefen_part", Part())
         flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
-        slots = zip(*(treedef.flatten_up_to(tree) for tree in state[1:]), strict=True)
+        slots = [*zip(*(treedef.flatten_up_to(tree) for tree in state[1:]), strict=True)]
         kept = [
             None if leaf[0] is None else tuple(map(Coded, leaf[::2], leaf[1::2])) for leaf in slots
         ]
@@ -98,11 +100,16 @@ def _transformation(
         trained = [i for i, g in enumerate(results) if g is not None and kept[i] is not None]
         for i in trained:
             check_leaf(paths[i], results[i], kept[i], scale_dtype)
+            if part.layer is not None:
+                check_layer(paths[i], jnp.shape(results[i]))
         count = jnp.asarray(optax.safe_increment(state.count))
         scalars = decay_at(b1, b2, eps, eps_root, count)
         phases = leaf_phases(paths, count)
         for i in trained:
-            results[i], kept[i] = update_leaf(results[i], kept[i], scalars, phases[i], rule=rule)
+            # Scales of a layer are rounded by the fractions that they have in the whole leaf.
+            place = part.place(jnp.shape(slots[i][1]))
+            args = results[i], kept[i], scalars, phases[i], place
+            results[i], kept[i] = update_leaf(*args, rule=rule)
         new_state = make_state(count, *_by_slot(treedef, kept, number))
         return treedef.unflatten(results), new_state
 

@@ -251,8 +251,8 @@ def flash_sgd(
       <https://arxiv.org/abs/2602.23349>`_, 2026
 
     .. note::
-      For decoupled weight decay (FlashSGDW), chain `scale_by_flash_momentum`,
-      `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
+      With decoupled weight decay (FlashSGDW) it is ``optax.chain(scale_by_flash_momentum(0.9),
+      optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(learning_rate))``.
     """
     _check_rates(learning_rate, weight_decay)
     trace = optax.identity()

@@ -20,7 +20,7 @@ from gefen_jax._backend import apart, in_best_form, laid_out_like
 from gefen_jax._blocks import Shape, flat_view, split, split_stats, stats_shape
 from gefen_jax._chunks import Chunk, map_pieces
 from gefen_jax._companding import FIRST, SECOND, Coded, decode, encode, round_scale
-from gefen_jax._dither import dither, positions
+from gefen_jax._dither import Place, dither, positions
 from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._pieces import Piece, over_pieces
 from gefen_jax._types import Decay, Step
@@ -82,6 +82,16 @@ def check_leaf(path: str, g: Any, kept: Any, scale_dtype: DTypeLike) -> None:
         raise ValueError(
             f"the moments of `{path}` must be {_describe(expected)}; found {_describe(kept)}. Use"
             " the `scale_dtype` that the state was made with, and keep its dtypes (no tree.cast)."
+        )
+
+
+def check_layer(path: str, shape: Shape) -> None:
+    """No group of a layer of stacked leaves, ``[1, ...]``, may reach into the next one."""
+    if shape[-1] % GROUP and math.prod(shape) % GROUP:
+        raise ValueError(
+            f"`{path}` has layers of shape {shape[1:]} stacked in one array, where groups of"
+            f" {GROUP} neighbours cross layers: give the layers as a list, or this leaf to another"
+            " optimizer by `optax.partition`"
         )
 
 
@@ -203,14 +213,19 @@ _NO_TABLE: Any = None  # `in_best_form` hands a `Step` on; these codes are looke
 
 
 def _update(
-    rule: Rule, g: Array, kept: Kept, decay: Decay, phase: UInt32[Array, "two"]
+    rule: Rule,
+    g: Array,
+    kept: Kept,
+    decay: Decay,
+    phase: UInt32[Array, "two"],
+    place: Place | None,
 ) -> tuple[Array, Kept]:
     shape, block = groups_of(g.shape)
     step = Step(decay, _NO_TABLE, _NO_TABLE, phase, False, False, None)
     g, kept = apart(not_differentiable((g, kept), _NO_DERIVATIVE))
     seen = tuple(Coded(x.code.reshape(shape), x.scale) for x in kept)
     # Positions travel with the moments: where the leaf is cut, a part has those of its groups.
-    state = seen, positions(stats_shape(shape, block))
+    state = seen, positions(stats_shape(shape, block), place)
     advance, in_place = (functools.partial(f, rule) for f in (_advance, _advance_in_place))
     # An update in float32 is fused with what follows; gradients may be the caller's, to keep, and
     # in their place it would cost a copy. A narrow one is rounded first, and XLA stores it.
@@ -221,12 +236,13 @@ def _update(
 
 
 @functools.partial(jax.jit, static_argnames="rule")
-def update_leaf(g, kept, decay, phase, *, rule):
+def update_leaf(g, kept, decay, phase, place, *, rule):
     """Update, in the gradient's dtype, and new moments of one leaf, on any mesh.
 
+    ``place`` is that of its groups, where the leaf is a layer of stacked ones.
     Jitted so that leaves of equal shape are traced and lowered once.
     """
-    return laid_out_like(g, functools.partial(_update, rule), g, kept, decay, phase)
+    return laid_out_like(g, functools.partial(_update, rule), g, kept, decay, phase, place)
 
 
 _NO_DERIVATIVE = (

@@ -51,8 +51,9 @@ def gradient_release(
         gives final updates, each leaf's from its own gradient. With stacked layers also each
         layer's: what takes norms or means of whole leaves takes them of layers.
       embed: ``embed(params, batch)`` gives the first layer's input, a tree of arrays.
-      layer: ``layer(layer_params, x)`` gives the next layer's input, of the shapes and dtypes of
-        ``x``. Random keys, masks and sums of auxiliary losses can be parts of ``x``.
+      layer: ``layer(layer_params, x)`` gives the next layer's input; where layers are stacked, of
+        the shapes and dtypes of ``x``. Random keys, masks and sums of auxiliary losses can be parts
+        of ``x``.
       head: ``head(params, x, batch)`` gives the loss, a scalar. Like ``embed``, it sees the
         parameters with None in place of the layers' leaves.
       layers: Finds the layers in the parameters: ``layers(params)`` is a list or tuple with one
@@ -61,7 +62,9 @@ def gradient_release(
       max_norm: Clips gradients by their exact global norm, >= 0, as `optax.clip_by_global_norm`
         does. Costs a second backward pass; None for no clipping.
       skip_nonfinite: Whether a step with a gradient that is not finite changes nothing, no count
-        either. Costs a second backward pass, which is the same as that for ``max_norm``.
+        either. Costs a second backward pass, which is the same as that for ``max_norm``. What is
+        looked at is the norm, in float32: finite gradients beyond 1e19 overflow it, so their step
+        is skipped, too (and ``max_norm`` alone makes them 0, as Optax does).
 
     Returns:
       ``step(params, opt_state, batch)``: the new parameters, the new state, and the loss before
@@ -69,8 +72,9 @@ def gradient_release(
 
     Raises:
       ValueError: In ``step``: for layers that are not found, a loss that is no scalar, blocks of a
-        state that cross layers, an optimizer in which one leaf's gradient decides another's update,
-        and `gefen` itself with stacked layers (`fused_gefen` has the same state).
+        state that cross layers, stacked layers whose outputs have other shapes than their inputs,
+        an optimizer in which one leaf's gradient decides another's update or that draws random
+        numbers, and `gefen` itself with stacked layers (`fused_gefen` has the same state).
 
     Examples:
       >>> import functools, jax, jax.numpy as jnp
@@ -156,6 +160,12 @@ _STACKED_GEFEN = (
     " `gx.with_split_weights` of it. The state is the same."
 )
 
+_BLOCKS = "Its blocks cross layers: give this leaf blocks with a 1 there (`plan.with_kind`)."
+_STATE_OF_LAYERS = (
+    "Give the layers as a list, with an array for each, or take an optimizer whose state of a layer"
+    " is a slice of the stacked leaf's."
+)
+
 
 def _updater(
     optimizer: Any, model: Model, params: Any, opt_state: Any
@@ -173,7 +183,8 @@ def _updater(
         nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, gefens))
         if not fused and any(isinstance(x, gefens) for x in nodes):
             raise ValueError(_STACKED_GEFEN)
-        check_layers(opt_state, owner, params, Choice(model.inside(), 0, model.number))
+        choice = Choice(model.inside(), 0, model.number)
+        check_layers(opt_state, owner, params, choice, _BLOCKS if fused else _STATE_OF_LAYERS)
 
     def update(carry: Any, visit: Visit) -> Any:
         params, state = carry

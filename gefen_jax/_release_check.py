@@ -2,11 +2,12 @@
 
 Gradient release steps some leaves before the gradients of others exist. What lets one gradient
 decide the update of another (clipping by the global norm, skipping of steps that are not finite)
-would then go wrong without a word. So the update is traced once, without running, and what each
+would then go wrong without a word; and so would random numbers, the same ones for every part, as
+all parts are stepped from one key. So the update is traced once, without running, and what each
 result depends on is followed through the program.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -38,6 +39,16 @@ def _follow(jaxpr: Jaxpr, sources: Iterable[_Sources]) -> list[_Sources]:
     return [of(x) for x in jaxpr.outvars]
 
 
+def _primitives(jaxpr: Jaxpr) -> Iterator[str]:
+    """The names of all operations of a program, those of its inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if isinstance(inner, Jaxpr):
+                yield from _primitives(inner)
+
+
 def used_inputs(function: Any, *args: Any) -> list[bool]:
     """For every leaf of the first argument, whether the result depends on it."""
     closed, number = jax.make_jaxpr(function)(*args), len(jax.tree.leaves(args[0]))
@@ -49,7 +60,7 @@ def used_inputs(function: Any, *args: Any) -> list[bool]:
 def check_separable(
     tx: optax.GradientTransformationExtraArgs, state: Any, params: Any, owner: list[int | None]
 ) -> None:
-    """Raises ValueError if the update of a leaf depends on another one's gradient or state.
+    """Raises ValueError if a leaf's update depends on another's gradient or state, or on chance.
 
     ``owner`` says to which parameter each leaf of the state belongs.
     """
@@ -66,6 +77,8 @@ def check_separable(
     pairs = zip((x for part in args for x in part), (*own, *owner, *own), strict=True)
     inputs = [i for x, i in pairs for _ in jax.tree.leaves(x)]
     closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
+    if "random_bits" in _primitives(closed.jaxpr):
+        raise ValueError(_RANDOM)
     results = zip((*shapes[0], *shapes[1]), (*own, *owner), strict=True)
     outputs = [i for x, i in results for _ in jax.tree.leaves(x)]
     sources = [frozenset() if i is None else frozenset([i]) for i in inputs]
@@ -79,3 +92,9 @@ def check_separable(
                 " For clipping by the global norm use `max_norm`, to skip steps that are not"
                 " finite `skip_nonfinite`, instead of a transformation."
             )
+
+
+_RANDOM = (
+    "`optimizer` draws random numbers (as `optax.add_noise` does): with gradient release all layers"
+    " would get the same ones. Leave that transformation out, or take the ordinary step."
+)

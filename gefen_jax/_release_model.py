@@ -121,7 +121,9 @@ def forward(model: Model, leaves: list[Any], batch: Any) -> tuple[Any, Any, Any]
     if model.stacked is not None:
 
         def body(x: Any, number: Any) -> tuple[Any, Any]:
-            return model.layer(model.at(leaves, number), x), x
+            y = model.layer(model.at(leaves, number), x)
+            _check_shapes(x, y)
+            return y, x
 
         x, inputs = jax.lax.scan(body, x, jnp.arange(model.number))
         return inputs, x, batch
@@ -130,6 +132,16 @@ def forward(model: Model, leaves: list[Any], batch: Any) -> tuple[Any, Any, Any]
         inputs.append(x)
         x = model.layer(model.at(leaves, number), x)
     return inputs, x, batch
+
+
+def _check_shapes(x: Any, y: Any) -> None:
+    """Stacked layers are one program: what comes out of one has to fit into the next."""
+    found, wanted = ([jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (y, x))
+    if found != wanted:
+        raise ValueError(
+            "`layer` must return what has the shapes of its input, as layers are stacked; found"
+            f" {found} for {wanted}. Give layers that change them as a list."
+        )
 
 
 class Visit(NamedTuple):
@@ -194,8 +206,11 @@ def sweep(
             def turn(carry: Any, dx: Any, x: Any, number: int = number) -> Any:
                 return back(number, carry, dx, x, None)
 
+            def left_out(carry: Any, dx: Any, x: Any) -> Any:
+                return carry, jax.tree.map(lambda x: jnp.zeros_like(x) if is_float(x) else None, x)
+
             args = jax.lax.optimization_barrier((carry, dx, inputs[number]))
-            carry, dx = jax.lax.cond(go, turn, lambda carry, dx, x: (carry, dx), *args)
+            carry, dx = jax.lax.cond(go, turn, left_out, *args)
     outer, dx = jax.lax.optimization_barrier((model.outside(read(carry)), dx))
     _, pull = pullback(lambda outer: model.embed(outer, batch), outer)
     of_embed = jax.tree.leaves(pull(dx)[0], is_leaf=is_none)

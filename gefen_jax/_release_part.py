@@ -115,7 +115,9 @@ def put(tree: Any, part: Any, owner: list[int | None], choice: Choice, *, shared
     return treedef.unflatten(merged)
 
 
-def check_layers(tree: Any, owner: list[int | None], params: Any, choice: Choice) -> None:
+def check_layers(
+    tree: Any, owner: list[int | None], params: Any, choice: Choice, advice: str
+) -> None:
     """Raises ValueError unless what belongs to these leaves can be cut into layers."""
     names = [path_name(path) for path, _ in flatten(params)[0]]
     for leaf, i in zip(jax.tree.leaves(tree, is_leaf=is_none), owner, strict=True):
@@ -125,7 +127,5 @@ def check_layers(tree: Any, owner: list[int | None], params: Any, choice: Choice
         if not shape or shape[0] % choice.layers:
             raise ValueError(
                 f"`opt_state` has an array of shape {shape} for `{names[i]}`, which cannot be cut"
-                f" into {choice.layers} layers along its first axis: its blocks cross layers. Give"
-                " this leaf blocks with a 1 there (`plan.with_kind`), or an optimizer whose state"
-                " of a layer is a slice of the stacked leaf's."
+                f" into {choice.layers} layers along its first axis. {advice}"
             )

@@ -50,7 +50,10 @@ def memory_report(opt_state: Any, params: Any = None, grads: Any = None) -> Memo
 
     Args:
       opt_state: Any optimizer state that holds states of this package anywhere: arrays or
-        `jax.ShapeDtypeStruct`s (from `jax.eval_shape`).
+        `jax.ShapeDtypeStruct`s (from `jax.eval_shape`). The state alone: a flax ``TrainState``
+        holds the parameters, too, which would be counted twice (give ``train_state.opt_state``),
+        and ``nnx.state(optimizer)`` names no types, so that all of it would be "other" (give
+        ``optimizer.opt_state``).
       params: The parameters, to be counted too; None to leave them out.
       grads: The gradients, alike. Often ``params`` once more: gradients have their dtypes.
 

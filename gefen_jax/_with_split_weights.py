@@ -91,8 +91,9 @@ def with_split_weights(
 
     With 24 bits, and with 16 where there are no corrections at all, rounding is stochastic: right
     on average, and exact where nothing has to be rounded. The fractions that decide come from leaf,
-    position and step: a run resumes bit for bit, and a mesh sees what one device sees. With 32 bits
-    nothing is rounded: training is that of float32 parameters.
+    position and step: a run resumes bit for bit, and a mesh sees what one device sees (but inside
+    your own `jax.shard_map`, where positions are those in the arrays at hand, weights are rounded
+    by other fractions). With 32 bits nothing is rounded: training is that of float32 parameters.
 
     Use it like the transformation that it wraps, around all of it and last in a chain: ``u_t`` is
     what must be added to the weights, in float32, and must not be scaled or clipped any more. So

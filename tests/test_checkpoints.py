@@ -147,6 +147,33 @@ def test_orbax(tmp_path, name, asynchronous):
     _assert_same(resumed, ahead)
 
 
+def test_orbax_with_split_weights_of_the_fused_step(tmp_path):
+    """Weights in bfloat16 and corrections in int8, the leaf of dual codes stepped in one pass."""
+    tx = gx.with_split_weights(gx.fused_gefen(_RATE, weight_decay=0.1, max_norm=1.0))
+
+    @jax.jit
+    def step(weights, state, x):
+        return tx.step(jax.grad(_loss)(weights, x), state, weights)
+
+    def train(now, steps):
+        for i in steps:
+            now = step(*now, _normal(10 + i, 64, 32))
+        return now
+
+    def start(params):
+        return gx.split_weights(params)[0], tx.init(params)
+
+    half = train(start(_params()), range(3))
+    with _manager(tmp_path / "run") as manager:
+        _save(manager, 3, *half)
+        manager.wait_until_finished()
+    with _manager(tmp_path / "run") as manager:
+        restored = _restore(manager, *jax.eval_shape(start, _params()))
+    _assert_same(restored, half)
+    assert restored[0]["mlp"]["up"].dtype == jnp.bfloat16
+    _assert_same(train(restored, range(3, 6)), train(half, range(3, 6)))
+
+
 def _npz(tree) -> bytes:
     leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))}
     file = io.BytesIO()

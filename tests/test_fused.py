@@ -405,11 +405,11 @@ def test_arguments_out_of_range(name):
 # Split weights -----------------------------------------------------------------------------------
 
 
-_SPLIT_BITS = (16, 24, 32)
+_SPLIT = [(16, "bfloat16"), (24, "bfloat16"), (32, "bfloat16"), (24, "float16")]
 
 
-@pytest.mark.parametrize("bits", _SPLIT_BITS)
-def test_split_weights_are_those_of_the_unfused_form(bits, chunk):
+@pytest.mark.parametrize("bits, dtype", _SPLIT)
+def test_split_weights_are_those_of_the_unfused_form(bits, dtype, chunk):
     """Bit for bit: every rounding is that of `with_split_weights(gefen)`, in pieces or whole.
 
     But where XLA contracts a product with a sum in one of the two programs (2^-24 of the number):
@@ -417,15 +417,15 @@ def test_split_weights_are_those_of_the_unfused_form(bits, chunk):
     """
     chunk(100)
     arguments = {"plan": _plan(_SOME), "weight_decay": 0.1, "mask": {k: k != "rows" for k in _SOME}}
-    unfused = gx.with_split_weights(_gefen(max_norm=1.0, **arguments), bits)
-    fused = gx.with_split_weights(_fused(max_norm=1.0, **arguments), bits)
+    unfused = gx.with_split_weights(_gefen(max_norm=1.0, **arguments), bits, dtype=dtype)
+    fused = gx.with_split_weights(_fused(max_norm=1.0, **arguments), bits, dtype=dtype)
     params = _params(_SOME)
-    weights, state = gx.split_weights(params, bits)[0], fused.init(params)
+    weights, state = gx.split_weights(params, bits, dtype)[0], fused.init(params)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(unfused.init(params)), strict=True):
         np.testing.assert_array_equal(a, b)
     step, other = jax.jit(fused.step), jax.jit(_unfused_step(unfused))
     for t in range(1, 4):
-        grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), _grads(t, _SOME))
+        grads = jax.tree.map(lambda g: g.astype(dtype), _grads(t, _SOME))
         ours, theirs = step(grads, state, weights), other(grads, state, weights)
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):

@@ -98,13 +98,13 @@ def _batch(t: int, zero: float = 0.0) -> dict[str, Any]:
     }
 
 
-def _ordinary(optimizer: Any) -> Any:
+def _ordinary(optimizer: Any, loss: Any = _loss) -> Any:
     def step(params, opt_state, batch):
-        loss, grads = jax.value_and_grad(_loss)(params, batch)
+        value, grads = jax.value_and_grad(loss)(params, batch)
         if isinstance(optimizer, gx.FusedGefen):
-            return *optimizer.step(grads, opt_state, params), loss
+            return *optimizer.step(grads, opt_state, params), value
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        return optax.apply_updates(params, updates), opt_state, value
 
     return step
 
@@ -177,6 +177,81 @@ def test_50_steps_are_the_ordinary_ones(name, stacked):
     assert released._cache_size() == 1
 
 
+# A model as any: numbers are rounded in every operation, and two programs do it in two ways.
+
+
+def _smooth_embed(params: Any, x: jax.Array) -> jax.Array:
+    return x @ params["in"]
+
+
+def _smooth_layer(params: Any, x: jax.Array) -> jax.Array:
+    return x + jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def _smooth_head(params: Any, x: jax.Array, aim: jax.Array) -> jax.Array:
+    out = (x @ params["in"].T).astype(jnp.float32)
+    return jnp.mean(jnp.square(out - jnp.sin(3 * aim.astype(jnp.float32))))
+
+
+_SMOOTH = _smooth_embed, _smooth_layer, _smooth_head
+
+
+def _smooth_params() -> Any:
+    def normal(seed: int, *shape: int) -> jax.Array:
+        values = np.random.default_rng(seed).normal(size=shape) * shape[-2] ** -0.5
+        return jnp.asarray(values, jnp.float32)
+
+    return {
+        "in": normal(0, 16, 32),
+        "layers": {"up": normal(1, 2, 32, 64), "down": normal(2, 2, 64, 32)},
+    }
+
+
+def _smooth_loss(params: Any, x: jax.Array) -> jax.Array:
+    y = _smooth_embed(params, x)
+    y = jax.lax.scan(lambda y, p: (_smooth_layer(p, y), None), y, params["layers"])[0]
+    return _smooth_head(params, y, x)
+
+
+_ALONE: dict[str, Any] = {
+    "adamw": lambda: optax.adamw(1e-3),
+    "fused, split": lambda: gx.with_split_weights(gx.fused_gefen(1e-3)),
+    "flash, split": lambda: gx.with_split_weights(gx.flash_adamw(1e-3)),
+}
+
+
+@pytest.mark.parametrize("name", _ALONE)
+def test_50_steps_alone_beside_50_ordinary_ones(name):
+    """Neither run sees the other's results.
+
+    In float32, both round a parameter to 2^-25 of it in every step, and gradients that are a few
+    2^-24 apart move it by as little of the learning rate, which is less. In 24 bits the steps are
+    the same, but where such a difference takes a number, or a code, over the edge: few elements,
+    by one unit, 2^-15 of it, for each such step.
+    """
+    optimizer, params = _ALONE[name](), _smooth_params()
+    split = "split" in name
+    weights = gx.split_weights(params)[0] if split else params
+    ours = theirs = weights, optimizer.init(params)
+    released = jax.jit(gx.gradient_release(optimizer, *_SMOOTH))
+    ordinary = jax.jit(_ordinary(optimizer, _smooth_loss))
+    for t in range(50):
+        x = np.random.default_rng([1, t]).normal(size=(8, 16))
+        x = jnp.asarray(x, weights["in"].dtype)
+        *ours, _ = released(*ours, x)
+        *theirs, _ = ordinary(*theirs, x)
+    if split:
+        ours, theirs = (gx.merge_weights(*run) for run in (ours, theirs))
+    else:
+        ours, theirs = ours[0], theirs[0]
+    unit = 2.0**-15 if split else 2.0**-24
+    for a, b, start in zip(*map(jax.tree.leaves, (ours, theirs, params)), strict=True):
+        apart = np.abs(a - b)
+        assert np.all(apart <= 50 * unit * np.max(np.abs(b)))
+        assert not split or np.mean(apart > 0) <= 0.01
+        assert np.mean(np.abs(b - start)) > 1e-2  # the rate times 50 steps that mostly agree: 0.05
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_clipping_by_the_norm_of_all(stacked):
     """As the chain does it that must not be given to it. Sums of squares are whole numbers here."""
@@ -232,6 +307,57 @@ def test_on_a_mesh():
     _assert_equal(ours, theirs)
 
 
+_MESHES: dict[str, Any] = {
+    "stacked, FSDP": (True, True, AxisType.Auto),
+    "list, FSDP": (False, True, AxisType.Auto),
+    "list, data in parallel": (False, False, AxisType.Auto),
+    "stacked, data in parallel, Explicit": (True, False, AxisType.Explicit),
+}
+
+
+@pytest.mark.parametrize("name", _MESHES)
+def test_on_a_mesh_clipped_or_skipped(name):
+    """What one device gives, bit for bit: all sums are of whole numbers, the norm's too."""
+    stacked, is_cut, axis_type = _MESHES[name]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+    rng = np.random.default_rng(0)
+    params: Any = {
+        "in": jnp.asarray(rng.integers(-1, 2, (4, 8)), jnp.float32),
+        "layers": jnp.asarray(rng.integers(-1, 2, (2, 8, 8)), jnp.float32),
+        "out": jnp.asarray(rng.integers(-1, 2, (8, 4)), jnp.float32),
+    }
+    if not stacked:
+        params["layers"] = list(params["layers"])
+    optimizer = optax.adamw(**_ADAM)
+    step = gx.gradient_release(
+        optimizer,
+        lambda params, batch: batch @ params["in"],
+        lambda w, x: x + x @ w,
+        lambda params, x, batch: jnp.sum((x @ params["out"]) * batch),
+        max_norm=8.0,
+        skip_nonfinite=True,
+    )
+    opt_state = optimizer.init(params)
+    batch = jnp.asarray(rng.integers(-1, 2, (4, 4)), jnp.float32)
+    expected = jax.jit(step)(params, opt_state, batch)
+    norm = optax.tree.norm(optax.tree.get(expected[1], "mu"))
+    assert norm == pytest.approx(4.0, rel=1e-5)  # half of what was clipped to 8
+
+    rows = P("data") if is_cut else P()
+    specs = {"in": rows, "layers": P(None, *rows) if stacked else [rows] * 2, "out": rows}
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
+        layout = jax.tree.map(lambda x: x.sharding, spread)
+        where = gx.state_sharding(optimizer, spread)
+        now = spread, jax.device_put(opt_state, where)
+        jitted = jax.jit(step, out_shardings=(layout, where, None))
+        data = NamedSharding(mesh, P("data"))
+        ours = jitted(*now, jax.device_put(batch, data))
+        skipped = jitted(*now, jax.device_put(batch.at[0, 0].set(jnp.inf), data))
+    _assert_equal(ours, expected)
+    _assert_equal(skipped[:2], (params, opt_state))
+
+
 def test_integers_and_keys_pass_through_the_layers():
     """Dropout: the key is a part of x; and an integer leaf of the layers stays."""
 
@@ -270,6 +396,65 @@ class _Net(eqx.Module):
     blocks: list[jax.Array]
 
 
+def test_a_layer_of_flash_moments_is_rounded_as_in_the_whole_leaf():
+    """By its own fractions: with the same gradient, layers do not have the same scales."""
+    optimizer = gx.flash_adamw(**_ADAM)
+    # Groups along the last axis, and in a vector: 5 of them in each of 3 layers.
+    params = {"layers": {"rows": jnp.ones((3, 16, 64)), "vector": jnp.ones((3, 8, 20))}}
+    rng = np.random.default_rng(0)
+    batch = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape[1:]), x.dtype), params)
+
+    def layer(layer_params, x):  # with the batch as its gradient, without any rounding
+        total, batch = x
+        products = jax.tree.map(lambda p, b: jnp.sum(p * b), layer_params, batch["layers"])
+        return total + sum(jax.tree.leaves(products)), batch
+
+    step = gx.gradient_release(
+        optimizer, lambda _, batch: (jnp.float32(0), batch), layer, lambda _, x, batch: x[0]
+    )
+    opt_state = optimizer.init(params)
+    *ours, _ = jax.jit(step)(params, opt_state, batch)
+
+    @jax.jit
+    def ordinary(params, opt_state, batch):
+        grads = jax.tree.map(lambda b: jnp.broadcast_to(b, (3, *b.shape)), batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    _assert_equal(tuple(ours), ordinary(params, opt_state, batch))
+    layers = optax.tree.get(ours[1], "mu_scale")["layers"]["rows"]
+    assert jnp.any(layers[0] != layers[1]) and jnp.any(layers[1] != layers[2])
+
+
+def test_layers_of_a_list_may_change_the_shape():
+    params = [{"w": jnp.full((8, 4), 0.5)}, {"w": jnp.full((4, 2), 0.25)}]
+    optimizer = optax.sgd(0.5)
+    functions = (lambda _, x: x, lambda p, x: x @ p["w"], lambda _, x, __: jnp.sum(x))
+    step = gx.gradient_release(
+        optimizer, *functions, layers=lambda params: params, skip_nonfinite=True
+    )
+    x = jnp.ones((2, 8))
+    new, _, loss = jax.jit(step)(params, optimizer.init(params), x)
+
+    def value(params):
+        return jnp.sum(x @ params[0]["w"] @ params[1]["w"])
+
+    # Numbers are powers of two, or whole: sums are exact.
+    assert loss == value(params) == 16.0
+    _assert_equal(new, jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(value)(params)))
+    same = jax.jit(step)(params, optimizer.init(params), jnp.full((2, 8), jnp.inf))[0]
+    _assert_equal(same, params)
+
+
+def test_stacked_layers_may_not_change_the_shape():
+    step = gx.gradient_release(
+        optax.sgd(0.1), lambda _, x: x, lambda p, x: x @ p, lambda _, x, __: jnp.sum(x)
+    )
+    params = {"layers": jnp.ones((2, 8, 4))}
+    with pytest.raises(ValueError, match=r"`layer` must return .*\(1, 4\).* for .*\(1, 8\).*list"):
+        jax.eval_shape(step, params, optax.sgd(0.1).init(params), jnp.ones((1, 8)))
+
+
 def test_any_tree_of_parameters():
     params = _Net(jnp.ones(8), [jnp.full((8, 8), 0.1), jnp.full((8, 8), 0.2)])
     optimizer = optax.sgd(0.1)
@@ -296,8 +481,20 @@ def test_any_tree_of_parameters():
 # Memory ------------------------------------------------------------------------------------------
 
 
-def test_temporaries_are_those_of_one_layer():
-    """Under 1 byte per parameter, where the gradients alone have 2."""
+# Bytes per parameter, at most, of temporaries on a CPU, where all gradients would be 2. They are
+# some arrays of a layer, of which one in float32 is 4 / 16.
+_TEMPORARIES: dict[str, Any] = {
+    "fused, 16 bits": (lambda: gx.with_split_weights(gx.fused_gefen(1e-3), 16), 0.75),
+    "fused, 24 bits": (lambda: gx.with_split_weights(gx.fused_gefen(1e-3)), 1.0),
+    "fused, 32 bits": (lambda: gx.with_split_weights(gx.fused_gefen(1e-3), 32), 1.2),
+    "flash": (lambda: gx.with_split_weights(gx.flash_adamw(1e-3), gradient_dtype=None), 1.3),
+    "adamw": (lambda: gx.with_split_weights(optax.adamw(1e-3)), 1.3),
+}
+
+
+@pytest.mark.parametrize("name", _TEMPORARIES)
+def test_temporaries_are_those_of_one_layer(name):
+    make, most = _TEMPORARIES[name]
 
     def layer(w, x):
         return x + jnp.tanh(x @ w) @ w.T
@@ -308,7 +505,7 @@ def test_temporaries_are_those_of_one_layer():
     def head(params, x, batch):
         return jnp.sum(jnp.square(x - batch).astype(jnp.float32))
 
-    optimizer = gx.with_split_weights(gx.fused_gefen(1e-3))
+    optimizer = make()
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     params = {"in": struct((512,)), "layers": struct((16, 512, 1024))}
     opt_state, batch = jax.eval_shape(optimizer.init, params), struct((1, 512))
@@ -316,7 +513,7 @@ def test_temporaries_are_those_of_one_layer():
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, batch).compile()
     used = compiled.memory_analysis()
     size = 16 * 512 * 1024
-    assert used.temp_size_in_bytes < size
+    assert used.temp_size_in_bytes < most * size
     donated = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, opt_state)))
     assert used.alias_size_in_bytes >= donated
 
@@ -338,7 +535,14 @@ _MISFITS: dict[str, Any] = {
     "skipping in a wrapper": (lambda: optax.apply_if_finite(optax.sgd(0.1), 3), {}, "finite"),
     "clipping in the fused step": (lambda: gx.fused_gefen(0.1, max_norm=1.0), {}, "`max_norm`"),
     "gefen that is stacked": (lambda: gx.gefen(0.1), {}, "gx.fused_gefen"),
-    "blocks over layers": (_crossing, {}, "`layers/up`"),
+    "blocks over layers": (_crossing, {}, r"`layers/up`.*`plan\.with_kind`"),
+    "a state without layers": (lambda: gx.microadam(0.1), {}, "`layers/.*as a list"),
+    "noise": (lambda: optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), {}, "random"),
+    "noise, now and then": (
+        lambda: optax.conditionally_transform(optax.add_noise(0.1, 0.5, 0), lambda step: step > 3),
+        {},
+        "random",
+    ),
     "no layers": (
         lambda: optax.sgd(0.1),
         {"layers": lambda p: {"a": p["out"], "b": p["table"]}},
@@ -365,6 +569,16 @@ def test_what_does_not_fit_is_refused(name):
     opt_state = jax.eval_shape(optimizer.init, params)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(_released(optimizer, **options), params, opt_state, _batch(0))
+
+
+def test_groups_of_flash_moments_that_cross_layers():
+    """2 x 20 elements have two groups, as two layers have, but others: 32 and 8."""
+    optimizer, params = gx.flash_lion(0.1), {"layers": jnp.ones((2, 20))}
+    step = gx.gradient_release(
+        optimizer, lambda _, x: x, lambda p, x: x + jnp.sum(p), lambda _, x, __: x
+    )
+    with pytest.raises(ValueError, match="`layers`.*cross layers"):
+        jax.eval_shape(step, params, optimizer.init(params), 0.0)
 
 
 def test_a_loss_must_be_a_scalar():

@@ -663,12 +663,13 @@ def _check_update(update, g, new: Moments, block, t: int, s: _Setting, layout: L
 @pytest.mark.once
 @pytest.mark.parametrize("name", _SETTINGS)
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_step_is_what_the_docstring_says(name, kind, monkeypatch):
+def test_step_is_what_the_docstring_says(name, kind, monkeypatch, request):
     """20 steps, each restated from our own last state: all but a counted handful of codes."""
     setting, layout = _SETTINGS[name], LAYOUTS[kind]
     monkeypatch.setattr(_backend, "CHUNK", setting.chunk)
-    # It knows the leaves from the last setting, with its pieces.
+    # It knows the leaves from the last setting, with its pieces; nor may others know these.
     _update_leaf.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
+    request.addfinalizer(_update_leaf.clear_cache)  # pyright: ignore[reportAttributeAccessIssue]
     optimizer = setting.make(plan_of(LEAVES, layout.kind))
     step, state = jax.jit(optimizer.update), optimizer.init(zeros_of(LEAVES))
     near = []

@@ -219,10 +219,11 @@ def _check_step(g, old: _Leaf, new: _Leaf, update, codebook, t, setting: _Settin
 
 
 @pytest.mark.parametrize("name", _SETTINGS)
-def test_step_is_what_the_equations_say(name, monkeypatch):
+def test_step_is_what_the_equations_say(name, monkeypatch, request):
     setting = _SETTINGS[name]
     monkeypatch.setattr(_backend, "CHUNK", setting.chunk)
     _update_leaf.clear_cache()  # it knows the leaves from the last setting, with its pieces
+    request.addfinalizer(_update_leaf.clear_cache)  # nor may others know these
     plan = _plan(setting.codebook)
     optimizer = gx.scale_by_gefen(_B1, _B2, plan=plan, **setting.kwargs)
     step = jax.jit(optimizer.update)

@@ -25,7 +25,7 @@ import jax.experimental.pallas
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -332,6 +332,14 @@ def _same_weights(ours: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
     np.testing.assert_array_equal(ours[1], wanted[1])
 
 
+# One contract is run by several classes, on purpose. No search for the smallest that fails.
+_BY_SEVERAL = settings(
+    deadline=None,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=[HealthCheck.differing_executors],
+)
+
+
 class StepContract:
     """What every implementation of the step fulfils; a subclass names one."""
 
@@ -361,14 +369,14 @@ class StepContract:
         for seed, t in ((0, 1), (1, 1000)):
             self.check(CASES[name], data_of(CASES[name], seed, t))
 
-    @settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.generate))
+    @settings(_BY_SEVERAL, max_examples=20)
     @given(seed=st.integers(0, 2**31), t=st.integers(1, 10**6), decades=st.floats(0, 6))
     def test_any_numbers(self, seed, t, decades):
         case = CASES["padded, many programs"]
         self.check(case, data_of(case, seed, t, decades))
 
     # Every shape is compiled: few of them, and no search for the smallest that fails.
-    @settings(max_examples=3, deadline=None, phases=(Phase.explicit, Phase.generate))
+    @settings(_BY_SEVERAL, max_examples=3)
     @given(
         blocks=st.integers(1, 9),
         stretches=st.integers(1, 4),

@@ -45,8 +45,8 @@ def gefen(
       plan: From `calibrate` or `plan_by_shape`; None for dual codes by shape, which need no
         calibration.
       backend: None for the implementation that is known to be best on the device at hand, "xla", or
-        "triton" for the kernels of `pallas_kernels` (dual codes on one NVIDIA GPU; not measured on
-        one yet, so None never takes them), or "jax_triton" for the same by that package.
+        "mosaic", "triton" or "jax_triton" for the kernels of `pallas_kernels` in these languages
+        (dual codes on NVIDIA GPUs; not measured on one yet, so None never takes them).
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.

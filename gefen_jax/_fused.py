@@ -95,8 +95,8 @@ def fused_gefen(
       nesterov: Whether to use Nesterov momentum.
       plan: From `calibrate` or `plan_by_shape`; None for dual codes by shape.
       backend: None for the implementation that is known to be best on the device at hand, "xla", or
-        "triton" for the kernels of `pallas_kernels` (dual codes on one NVIDIA GPU; not measured on
-        one yet, so None never takes them), or "jax_triton" for the same by that package.
+        "mosaic", "triton" or "jax_triton" for the kernels of `pallas_kernels` in these languages
+        (dual codes on NVIDIA GPUs; not measured on one yet, so None never takes them).
       max_norm: The largest global norm of the gradients, >= 0; None to leave them as they are.
 
     Returns:

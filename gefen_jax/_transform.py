@@ -193,8 +193,8 @@ def scale_by_gefen(
       nesterov: Whether to use Nesterov momentum, as in `optax.scale_by_adam`.
       plan: From `calibrate` or `plan_by_shape`; None for dual codes by shape.
       backend: None for the implementation that is known to be best on the device at hand, "xla", or
-        "triton" for the kernels of `pallas_kernels` (dual codes on one NVIDIA GPU; not measured on
-        one yet, so None never takes them), or "jax_triton" for the same by that package.
+        "mosaic", "triton" or "jax_triton" for the kernels of `pallas_kernels` in these languages
+        (dual codes on NVIDIA GPUs; not measured on one yet, so None never takes them).
 
     Returns:
       A `optax.GradientTransformationExtraArgs` whose state is a `ScaleByGefenState`: about 1 byte

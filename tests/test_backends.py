@@ -1,4 +1,4 @@
-"""Every backend by name: what `backend="triton"` gives is what the plain step gives.
+"""Every backend by name: what `backend="triton"` or "mosaic" gives is what the plain step gives.
 
 Here kernels run in Pallas' interpreter. The kernel and the plain step are two programs: a float
 differs by a few roundings, and a code where its fraction lies within rounding of the point at which
@@ -22,18 +22,27 @@ import gefen_jax as gx
 import pallas_kernels
 from gefen_jax._builtin import builtin_codebook
 
-pytestmark = [
-    pytest.mark.skipif(
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+
+_WITH_TRITON = pytest.param(
+    "triton",
+    marks=pytest.mark.skipif(
         not pallas_kernels.is_available(),
         reason=f"jax {jax.__version__} has no Triton dialect of Pallas",
     ),
-    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
-]
+)
+_WITH_MOSAIC = pytest.param(
+    "mosaic",
+    marks=pytest.mark.skipif(
+        jax.__version_info__ < (0, 11), reason="`backend` 'mosaic' needs jax 0.11 or newer"
+    ),
+)
+with_a_kernel = pytest.mark.parametrize("kernel", [_WITH_TRITON])
+with_every_kernel = pytest.mark.parametrize("kernel", [_WITH_TRITON, _WITH_MOSAIC])
 
 # Interpreted kernels are large programs, which run for microseconds.
 _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-_KERNEL = "triton"
 _U = 2.0**-24
 _RATE = 1e-2
 
@@ -75,11 +84,13 @@ def _assert_same_state(ours: Any, theirs: Any) -> None:
             np.testing.assert_array_equal(a, b)
 
 
-def test_updates():
+@with_a_kernel
+def test_updates(kernel):
     """Of every kind; 24 roundings of an update, as derived in test_dual.py, in either program."""
-    plain, kernel = (gx.scale_by_gefen(plan=_PLAN, backend=b) for b in ("xla", "triton"))
+    transformations = (gx.scale_by_gefen(plan=_PLAN, backend=b) for b in ("xla", kernel))
+    plain, _ = transformations = tuple(transformations)
     state = plain.init(_PARAMS)
-    steps = [_jit(tx.update) for tx in (plain, kernel)]
+    steps = [_jit(tx.update) for tx in transformations]
     for grads in _GRADS:
         (expected, after), (updates, ours) = (step(grads, state) for step in steps)
         _assert_same_state(ours, after)
@@ -93,11 +104,12 @@ def _moved(fused: gx.FusedGefen, weights: Any, grads: Any = _GRADS[0]) -> Any:
     return _jit(fused.step)(grads, fused.init(_PARAMS), weights)
 
 
-def test_fused():
+@with_every_kernel
+def test_fused(kernel):
     """Clipped, and with a mask. The parameter is rounded once, its change a few times."""
     arguments = {"max_norm": 1.0, "weight_decay": 0.1, "mask": {k: k == "rows" for k in _KINDS}}
     make = functools.partial(gx.fused_gefen, _RATE, plan=_PLAN, **arguments)
-    expected, ours = (_moved(make(backend=b), _PARAMS) for b in ("xla", _KERNEL))
+    expected, ours = (_moved(make(backend=b), _PARAMS) for b in ("xla", kernel))
     _assert_same_state(ours[1], expected[1])
     for name, p in expected[0].items():
         change = np.abs(p - _PARAMS[name])
@@ -105,11 +117,12 @@ def test_fused():
         assert np.all(np.abs(ours[0][name] - p) <= bound)
 
 
-def test_split_weights(bits=24):
+@with_a_kernel
+def test_split_weights(kernel, bits=24):
     """Of merged weights, which have as many bits: an ulp of theirs, and roundings of the change."""
     weights = gx.split_weights(_PARAMS, bits)[0]
     wholes = []
-    for backend in ("xla", "triton"):
+    for backend in ("xla", kernel):
         fused = gx.with_split_weights(gx.fused_gefen(_RATE, plan=_PLAN, backend=backend), bits=bits)
         new, state = _moved(fused, weights)
         assert new["rows"].dtype == jnp.bfloat16
@@ -150,7 +163,8 @@ def _model() -> Any:
     return params, jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
 
 
-def test_a_training_run():
+@with_every_kernel
+def test_a_training_run(kernel):
     """The loss curves of 20 steps; leaves of 8,192 elements are large: one dual code, two exact.
 
     A flip of a code moves an element by a gap of the codebook, 0.27 of the block's largest, of one
@@ -158,7 +172,7 @@ def test_a_training_run():
     """
     params, batch = _model()
     curves = []
-    for backend in ("xla", "triton"):
+    for backend in ("xla", kernel):
         tx = gx.gefen(_RATE, backend=backend)
 
         @_jit
@@ -176,11 +190,12 @@ def test_a_training_run():
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-3)
 
 
-def test_layers_of_stacked_leaves():
+@with_a_kernel
+def test_layers_of_stacked_leaves(kernel):
     """A layer gets the fractions of its place in the whole leaf, from the kernel too."""
     params, batch = _model()
     results = []
-    for backend in ("xla", "triton"):
+    for backend in ("xla", kernel):
         fused = gx.fused_gefen(_RATE, backend=backend)
         step = _jit(gx.gradient_release(fused, _embed, _layer, _head))
         results.append(step(params, fused.init(params), batch))
@@ -191,8 +206,9 @@ def test_layers_of_stacked_leaves():
     assert np.all(np.abs(new["layers"]["w"] - w) <= bound)
 
 
-def test_an_ensemble_by_vmap():
-    tx = gx.scale_by_gefen(plan=_PLAN, backend="triton")
+@with_a_kernel
+def test_an_ensemble_by_vmap(kernel):
+    tx = gx.scale_by_gefen(plan=_PLAN, backend=kernel)
     rows = [{"rows": grads["rows"]} for grads in _GRADS[:2]]
     both = jax.tree.map(lambda *x: jnp.stack(x), *rows)
     states = jax.vmap(tx.init)(both)
@@ -219,21 +235,26 @@ _H200 = AbstractMesh(
 )
 
 
+_CUSTOM_CALLS = {"triton": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu_v2"}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_cuda_gets_one_kernel_per_leaf(dtype):
+@with_every_kernel
+def test_cuda_gets_one_kernel_per_leaf(kernel, dtype):
     """And `backend=None` none, as nothing was measured."""
     grads = optax.tree.cast(_GRADS[0], dtype)
-    for backend, kernels in (("triton", 2), (None, 0)):
+    for backend, kernels in ((kernel, 2), (None, 0)):
         tx = gx.scale_by_gefen(plan=_PLAN, backend=backend)
         state = jax.eval_shape(tx.init, _PARAMS)
         with jax.sharding.use_abstract_mesh(_H200):
             traced = jax.jit(tx.update).trace(jax.eval_shape(lambda: grads), state)
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels
+        assert text.count(f"custom_call @{_CUSTOM_CALLS[kernel]}") == kernels
 
 
-def test_derivatives_are_refused():
-    tx = gx.scale_by_gefen(plan=_PLAN, backend="triton")
+@with_a_kernel
+def test_derivatives_are_refused(kernel):
+    tx = gx.scale_by_gefen(plan=_PLAN, backend=kernel)
 
     def loss(grads):
         return jnp.sum(tx.update(grads, tx.init(_PARAMS))[0]["rows"])
@@ -250,8 +271,16 @@ def test_no_jax_triton_or_an_old_one_is_refused(module, monkeypatch):
         jax.eval_shape(tx.update, _GRADS[0], tx.init(_PARAMS))
 
 
-def test_other_devices_are_refused():
-    tx = gx.scale_by_gefen(plan=_PLAN, backend="triton")
+def test_a_jax_too_old_for_mosaic_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    tx = gx.scale_by_gefen(plan=_PLAN, backend="mosaic")
+    with pytest.raises(NotImplementedError, match="'mosaic' needs jax 0.11 or newer, found"):
+        jax.eval_shape(tx.update, _GRADS[0], tx.init(_PARAMS))
+
+
+@with_every_kernel
+def test_other_devices_are_refused(kernel):
+    tx = gx.scale_by_gefen(plan=_PLAN, backend=kernel)
     traced = jax.jit(tx.update).trace(_GRADS[0], tx.init(_PARAMS))
     with pytest.raises(NotImplementedError, match="platform tpu"):
         traced.lower(lowering_platforms=("tpu",))
@@ -261,38 +290,42 @@ _LAYOUTS = {"columns": P(None, "y"), "both": P("y", "x"), "an axis of both": P((
 _WHOLE = {"w": jax.random.normal(jax.random.key(0), (16, 1024))}
 
 
-def _kernel_step(params: Any, split: bool) -> Any:
+def _kernel_step(params: Any, split: bool, kernel: str) -> Any:
     """The step of a leaf, of dual codes, and what it starts with."""
     plan = gx.plan_by_shape(params)
     if not split:
-        tx = gx.scale_by_gefen(plan=plan, backend="triton")
+        tx = gx.scale_by_gefen(plan=plan, backend=kernel)
         return _jit(tx.update), (params, tx.init(params))
-    tx = gx.with_split_weights(gx.fused_gefen(1e-2, plan=plan, backend="triton"))
+    tx = gx.with_split_weights(gx.fused_gefen(1e-2, plan=plan, backend=kernel))
     weights, _ = gx.split_weights(params)
     return _jit(tx.step), (weights, tx.init(params), weights)
 
 
 @functools.cache
-def _on_one_device(split: bool) -> Any:
-    step, args = _kernel_step(_WHOLE, split)
+def _on_one_device(split: bool, kernel: str) -> Any:
+    step, args = _kernel_step(_WHOLE, split, kernel)
     return step(*args)
 
 
 @pytest.mark.parametrize(
-    ("layout", "types", "split"),
+    ("kernel", "layout", "types", "split"),
     [
-        ("columns", AxisType.Auto, False),
-        ("both", AxisType.Explicit, False),
-        ("an axis of both", AxisType.Explicit, False),
-        ("both", AxisType.Auto, True),
+        pytest.param(*kernel.values, *case, marks=kernel.marks)
+        for kernel, case in [
+            (_WITH_TRITON, ("columns", AxisType.Auto, False)),
+            (_WITH_TRITON, ("both", AxisType.Explicit, False)),
+            (_WITH_TRITON, ("an axis of both", AxisType.Explicit, False)),
+            (_WITH_TRITON, ("both", AxisType.Auto, True)),
+            (_WITH_MOSAIC, ("both", AxisType.Explicit, False)),
+        ]
     ],
 )
-def test_a_mesh_runs_the_kernel_on_every_shard(layout, types, split):
+def test_a_mesh_runs_the_kernel_on_every_shard(kernel, layout, types, split):
     """With the fractions that elements have in the whole leaf, wherever in it a shard lies."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(types,) * 2)
     at = NamedSharding(mesh, _LAYOUTS[layout])
-    step, args = _kernel_step(jax.device_put(_WHOLE, at), split)
-    (new, ours), (expected, state) = step(*args), _on_one_device(split)
+    step, args = _kernel_step(jax.device_put(_WHOLE, at), split, kernel)
+    (new, ours), (expected, state) = step(*args), _on_one_device(split, kernel)
     assert new["w"].sharding.is_equivalent_to(at, 2)
     _assert_same_state(ours, state)
     np.testing.assert_allclose(new["w"], expected["w"], rtol=0 if split else 48 * _U, atol=1e-6)

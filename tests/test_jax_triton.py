@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import test_backends
 import test_kernels
-from test_kernels import CASES, Case, DualStepConfig, StepContract, _kernel
+from test_kernels import CASES, Case, DualStepConfig, StepContract, kernel_step
 
 import gefen_jax as gx
 
@@ -126,7 +126,7 @@ def on_cpu(interpreted):
 
 @functools.cache
 def _step(case: Case, config: DualStepConfig | None = None) -> Any:
-    step = functools.partial(_kernel(case, config, interpret=False), backend="jax_triton")
+    step = functools.partial(kernel_step(case, config, interpret=False), backend="jax_triton")
     return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -174,9 +174,8 @@ class TestJaxTriton(StepContract):
             return (cpu or cuda)(*args)
 
         monkeypatch.setattr(jax.lax, "platform_dependent", run_what_is_for_cuda)
-        monkeypatch.setattr(test_backends, "_KERNEL", "jax_triton")
         on_cpu.clear()
-        test_backends.test_fused()
+        test_backends.test_fused("jax_triton")
         assert on_cpu == ["gefen_dual_step_fused"] * 2  # of dual codes there are two
 
 
@@ -211,7 +210,7 @@ def test_lowers_for_cuda_in_place(name, kernels):
         lambda: test_kernels.data_of(case, 0)._replace(phase=jnp.zeros(2, jnp.uint32))
     )
     written = {name: getattr(shapes, name) for name in ("state", "param", "correction")}
-    step = functools.partial(_kernel(case, interpret=False), backend="jax_triton")
+    step = functools.partial(kernel_step(case, interpret=False), backend="jax_triton")
     jitted = jax.jit(lambda written, rest: step(rest._replace(**written)), donate_argnums=0)
     traced = jitted.trace(written, shapes._replace(**dict.fromkeys(written)))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

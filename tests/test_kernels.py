@@ -184,7 +184,7 @@ def _any_weights(case: Case) -> Data:
 
 
 @functools.cache
-def _plain(case: Case) -> Any:
+def plain_step(case: Case) -> Any:
     @jax.jit
     def step(data: Data) -> Result:
         codebook = jnp.asarray(_CODEBOOK)
@@ -209,7 +209,7 @@ def _plain(case: Case) -> Any:
     return step
 
 
-def _kernel(case: Case, config: DualStepConfig | None = None, interpret: bool = True) -> Any:
+def kernel_step(case: Case, config: DualStepConfig | None = None, interpret: Any = True) -> Any:
     def step(data: Data, **others: Any) -> DualStepResult:
         weight_phase = data.weight_phase if case.stochastic else None
         split = SplitWeight(data.correction, weight_phase) if case.bits else None
@@ -236,7 +236,9 @@ def _kernel(case: Case, config: DualStepConfig | None = None, interpret: bool = 
 @functools.cache
 def _interpreted(case: Case, config: DualStepConfig | None = None) -> Any:
     # Least effort: these programs run once, and compiling them is what the tests take.
-    return jax.jit(_kernel(case, config), compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(
+        kernel_step(case, config), compiler_options={"xla_backend_optimization_level": 0}
+    )
 
 
 def _levels_of_nu(codes: np.ndarray) -> np.ndarray:
@@ -347,7 +349,7 @@ class StepContract:
 
     def check(self, case: Case, data: Data) -> DualStepResult:
         found = type(self).step(case)(data)
-        check_equal(case, data, _plain(case)(data), found)
+        check_equal(case, data, plain_step(case)(data), found)
         return found
 
     def test_a_part_with_gaps(self):
@@ -439,7 +441,7 @@ class StepContract:
         case = CASES["rows"]
         data = data_of(case, 0)
         found = type(self).step(case)(data, gradient_factor=0.25)
-        check_equal(case, data, _plain(case)(data._replace(g=data.g * 0.25)), found)
+        check_equal(case, data, plain_step(case)(data._replace(g=data.g * 0.25)), found)
 
     @pytest.mark.parametrize("config", [DualStepConfig(1, 1, 1), DualStepConfig(8, 4, 8)])
     def test_how_programs_are_cut_does_not_matter(self, config):
@@ -471,7 +473,7 @@ class StepContract:
         # No subnormals, which XLA may flush on a CPU in one program and not in another.
         weight = jnp.where(jnp.abs(data.param) < 2.0**-125, 1, data.param)
         data = data._replace(param=weight, learning_rate=2.0**-7, weight_decay=1.0)
-        wanted = _plain(case)(data)
+        wanted = plain_step(case)(data)
         found = type(self).step(case)(data)
         _same_weights((found.out, found.correction), (wanted.out, wanted.correction))
 
@@ -569,7 +571,7 @@ def test_weights_are_split_and_merged_as_in_the_plain_form(bits, stochastic):
 
 # Lowering ----------------------------------------------------------------------------------------
 
-_H200 = AbstractMesh(
+H200 = AbstractMesh(
     (1,),
     ("x",),
     axis_types=(AxisType.Auto,),
@@ -590,13 +592,13 @@ def test_lowers_for_cuda_in_place(name, gradient):
     """One custom call, which writes all state, and the parameter, where it was."""
     case = CASES[name]._replace(gradient=gradient)
     shapes = jax.eval_shape(lambda: data_of(case, 0)._replace(phase=jnp.zeros(2, jnp.uint32)))
-    step = _kernel(case, interpret=False)
+    step = kernel_step(case, interpret=False)
     jitted = jax.jit(
         lambda written, rest: step(rest._replace(**written)),
         donate_argnums=0,
     )
     written = {name: getattr(shapes, name) for name in ("state", "param", "correction")}
-    with jax.sharding.use_abstract_mesh(_H200):
+    with jax.sharding.use_abstract_mesh(H200):
         traced = jitted.trace(written, shapes._replace(**dict.fromkeys(written)))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 1
@@ -611,7 +613,7 @@ def test_lowers_for_cuda_in_place(name, gradient):
 
 
 def _call(case: Case, data: Data, layout: DualLayout | None = None) -> Any:
-    return jax.eval_shape(lambda: _kernel(case._replace(layout=layout or case.layout))(data))
+    return jax.eval_shape(lambda: kernel_step(case._replace(layout=layout or case.layout))(data))
 
 
 def test_wrong_arguments_are_named():
@@ -655,7 +657,9 @@ def test_too_large_for_the_kernel(layout):
     shapes += [(case.stats, "float32"), (case.stats, "uint8")]
 
     def step(g: Any, *state: Any) -> Any:
-        return _kernel(case)(Data(g, Moments(*state), None, _decay(1), jnp.zeros(2, jnp.uint32)))
+        return kernel_step(case)(
+            Data(g, Moments(*state), None, _decay(1), jnp.zeros(2, jnp.uint32))
+        )
 
     with pytest.raises(NotImplementedError, match="use the XLA backend for this leaf"):
         jax.eval_shape(step, *(jax.ShapeDtypeStruct(*x) for x in shapes))

@@ -288,7 +288,7 @@ def _store_param(
 ) -> None:
     low = None
     if form.bits is not None:
-        out, low = split(out, form.bits, fraction)
+        out, low = split(out, form.bits, refs.param.dtype, fraction)
     store(refs.param, at, out, mask)
     if low is not None:
         store(refs.correction, at, low, mask)

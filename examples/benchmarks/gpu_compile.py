@@ -44,7 +44,7 @@ class Build(NamedTuple):
     inner: int
     gradient: str
     fused: bool
-    bits: int | None = None  # of a split weight, in the gradient's dtype; None: float32, in one part
+    bits: int | None = None  # of a split weight, in the gradient's dtype; None for a float32
     backend: str = "triton"
 
     @property

@@ -17,7 +17,7 @@ from gefen_jax._step import by_equal_runs
 from gefen_jax._types import Kind, Moments, Step
 from gefen_jax._varying import varying_alike
 
-_KERNELS = ("triton", "jax_triton")
+_KERNELS = ("triton", "mosaic", "jax_triton")
 BACKENDS = ("xla", *_KERNELS)
 
 
@@ -54,7 +54,7 @@ def check_backend(backend: str | None) -> None:
 def kernel_of(kind: str, g: Array, backend: str | None) -> Any:
     """The module with the kernels of a kind of leaf, if its name was given and it has some.
 
-    On a CPU those of "triton" are interpreted, slowly: to try them, and for tests.
+    On a CPU those of "triton" and "mosaic" are interpreted, slowly: to try them, and for tests.
 
     Raises:
       NotImplementedError: For a leaf on several devices, whose shards a kernel does not know.

@@ -84,5 +84,5 @@ def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -
 
     # Without a default: for other devices JAX raises when it lowers.
     args = g, moments, step.decay, step.levels.codebook, step.phase, offset, others
-    interpreted = {"cpu": launch(True)} if backend == "triton" else {}
+    interpreted = {"cpu": launch(True)} if backend != "jax_triton" else {}
     return jax.lax.platform_dependent(*args, cuda=launch(False), **interpreted)

@@ -92,6 +92,10 @@ class DualStepConfig:
         if self.num_warps > _MAX_WARPS:
             raise ValueError(f"`num_warps` must be at most {_MAX_WARPS}, got {self.num_warps}")
 
+    def programs(self, layout: DualLayout) -> int:
+        """How many of them a leaf takes."""
+        return -(-layout.blocks // self.rows) * -(-layout.inner // self.columns)
+
 
 def dual_step_config(layout: DualLayout) -> DualStepConfig:
     """The config for a layout, by rule; from compiled code, not yet from measurements."""

@@ -5,11 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num, UInt32
 
-from pallas_kernels import _jax_triton_launch
-from pallas_kernels._dual_step import LEVELS, SCALARS, Form, make_kernel
+from pallas_kernels import _jax_triton_launch, _triton
+from pallas_kernels._dual_step import LEVELS, SCALARS, Form
 from pallas_kernels._dual_step_config import (
     MAX_PERIOD,
     DualLayout,
@@ -17,7 +16,6 @@ from pallas_kernels._dual_step_config import (
     dual_step_config,
 )
 from pallas_kernels._split_weight import BITS, DTYPES
-from pallas_kernels._triton import compiler_params
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 _DTYPES = {
@@ -28,6 +26,7 @@ _DTYPES = {
 }
 # Pallas' Triton dialect takes offsets of 32 bits, signed, for arrays of up to 2^32 bytes.
 _MAX_SIZE = 2**31 - 1
+_OLDEST_MOSAIC = (0, 11)  # which writes references in place
 
 
 class DualScalars(NamedTuple):
@@ -116,30 +115,22 @@ def _check_split(param: Array | None) -> None:
         raise TypeError(f"`param` of `split` must be {names}, got {param.dtype}")
 
 
-def _pallas_call(
-    layout: DualLayout,
-    config: DualStepConfig,
-    form: Form,
-    inputs: list[Array],
-    written: list[Array],
-    out: list[jax.ShapeDtypeStruct],
-) -> Sequence[Array]:
-    """What a step writes; all but ``out``, the update, where it was."""
-    places = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in written]
-    call = pl.pallas_call(
-        make_kernel(layout, config, form),
-        out_shape=[*out, *places],
-        grid=(pl.cdiv(layout.blocks, config.rows) * pl.cdiv(layout.inner, config.columns),),
-        input_output_aliases={len(inputs) + i: len(out) + i for i in range(len(written))},
-        compiler_params=compiler_params(config.num_warps),
-        interpret=form.interpret,
-        name="gefen_dual_step_fused" if form.fused else "gefen_dual_step",
-    )
-    return call(*inputs, *written)
+def _mosaic_launch(*args: Any) -> Sequence[Array]:
+    if jax.__version_info__ < _OLDEST_MOSAIC:
+        raise NotImplementedError(
+            f"`backend` 'mosaic' needs jax 0.11 or newer, found {jax.__version__}: use another"
+        )
+    from pallas_kernels import _mosaic  # here, as it takes time
+
+    return _mosaic.launch(*args)
 
 
-# By the name of a backend: Pallas' Triton dialect, and jax_triton.
-LAUNCHES = {"triton": _pallas_call, "jax_triton": _jax_triton_launch.launch}
+# By the name of a backend.
+LAUNCHES = {
+    "triton": _triton.launch,
+    "mosaic": _mosaic_launch,
+    "jax_triton": _jax_triton_launch.launch,
+}
 
 
 def dual_step(
@@ -161,8 +152,8 @@ def dual_step(
     weight_decay: Any = 0.0,
     split: SplitWeight | None = None,
     config: DualStepConfig | None = None,
-    backend: Literal["triton", "jax_triton"] = "triton",
-    interpret: bool = False,
+    backend: Literal["triton", "mosaic", "jax_triton"] = "triton",
+    interpret: Any = False,
 ) -> DualStepResult:
     """One step of a leaf with both moments in a byte per element, in one pass over memory.
 
@@ -197,8 +188,10 @@ def dual_step(
       weight_decay: Likewise; 0 for a leaf without.
       split: What goes with a weight in bfloat16 or float16; None for a parameter in one part.
       config: How programs are cut; None takes `dual_step_config`.
-      backend: "triton" for Pallas' Triton dialect, "jax_triton" for `jax_triton.triton_call`.
-      interpret: Runs without a GPU, slowly; only of "triton".
+      backend: "triton" for Pallas' Triton dialect, "mosaic" for Pallas' Mosaic GPU, "jax_triton"
+        for `jax_triton.triton_call`.
+      interpret: Whether to run without a GPU, slowly; for "mosaic" also the parameters of that
+        language's own interpreter. Not for "jax_triton".
 
     Returns:
       The update in the gradient's dtype, or the new parameter in its own, and the new state.
@@ -206,8 +199,8 @@ def dual_step(
     Raises:
       TypeError: for other dtypes than these.
       ValueError: for shapes that are not the layout's, and for ``split`` without ``param``.
-      NotImplementedError: for blocks or leaves too large for this kernel, a jax without the Triton
-        dialect of Pallas, or without jax_triton.
+      NotImplementedError: for blocks or leaves too large for this kernel, and where the backend is
+        not installed, or cannot be interpreted.
     """
     correction, weight_phase = (None, None) if split is None else split
     leaves = {"g": g, "codes": codes, "param": param, "correction": correction}
@@ -216,7 +209,7 @@ def dual_step(
     if split is not None:
         _check_split(param)
     bits = None if split is None else split.bits
-    form = Form(param is not None, nesterov, interpret, bits, weight_phase is not None)
+    form = Form(param is not None, nesterov, bits, weight_phase is not None)
     config = dual_step_config(layout) if config is None else config
     others = {
         "gradient_factor": gradient_factor,
@@ -226,17 +219,16 @@ def dual_step(
 
     like = g if param is None else param
     old = [like, codes, scale, exponent, *([] if correction is None else [correction])]
-    shape = (layout.blocks, layout.period, layout.inner)
-    shaped = [x.reshape(shape[::2] if x is scale or x is exponent else shape) for x in old]
+    flat = [x.reshape(-1) for x in old]
     words = [phase, jnp.asarray(offset, jnp.uint32)[None]]
     inputs = [
         _scalars(scalars, nesterov, others),
         jnp.concatenate(words if weight_phase is None else [*words, weight_phase]),
         _tables(codebook),
-        g.reshape(shape),
+        g.reshape(-1),
     ]
     # Never the gradient: whose it is, we do not know, and an alias would then cost a copy.
     fresh = 0 if form.fused else 1
-    out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shaped[:fresh]]
-    new = LAUNCHES[backend](layout, config, form, inputs, shaped[fresh:], out)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:fresh]]
+    new = LAUNCHES[backend](layout, config, form, inputs, flat[fresh:], out, interpret)
     return DualStepResult(*(x.reshape(y.shape) for x, y in zip(new, old, strict=True)))

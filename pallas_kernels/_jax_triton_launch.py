@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from pallas_kernels._dual_step import Form
 from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_power_of_two
+from pallas_kernels._one_after_another import one_after_another
 
 _OLDEST = (0, 4, 1)  # whose references are written in place
 _WRITTEN = ("param_ptr", "codes_ptr", "scale_ptr", "exponent_ptr", "correction_ptr")
@@ -39,6 +38,7 @@ def launch(
     inputs: list[Array],
     written: list[Array],
     out: list[jax.ShapeDtypeStruct],
+    interpret: bool,
 ) -> Sequence[Array]:
     """What a step writes; all but ``out``, the update, where it was.
 
@@ -50,14 +50,16 @@ def launch(
             "`backend` 'jax_triton' needs jax-triton 0.4.1 or newer, with Python 3.12 and jax 0.11"
             " or newer: pip install 'gefen_jax[triton]', or use another backend"
         )
+    if interpret:
+        raise NotImplementedError("`backend` 'jax_triton' has no `interpret`: use another backend")
     # Here, as it takes time, and is an extra.
     import jax_triton  # pyright: ignore[reportMissingImports]
 
     from pallas_kernels._jax_triton import dual_step_kernel
 
-    # A rule for vmap, which triton_call lacks. It also keeps the elimination of dead code away from
-    # the call: jax-triton's rule for that, of 0.4.1, does not take the arguments of jax 0.12.
-    @jax.custom_batching.custom_vmap
+    # Besides, it keeps the elimination of dead code away from the call: jax-triton's rule for that,
+    # of 0.4.1, does not take the arguments of jax 0.12.
+    @one_after_another
     def call(inputs: list[Array], written: list[Array]) -> list[Array]:
         refs = [jax.new_ref(x) for x in written]
         # Where no parameter is given, that pointer is the one to `out`.
@@ -76,20 +78,12 @@ def launch(
             stochastic=form.stochastic,
             kernel=dual_step_kernel,
             out_type=out,
-            grid=pl.cdiv(layout.blocks, config.rows) * pl.cdiv(layout.inner, config.columns),
+            grid=config.programs(layout),
             num_warps=config.num_warps,
             num_stages=1,  # there is no loop to pipeline
             backend_options=_OPTIONS | {"maxnreg": _REGISTERS if config.num_warps > 8 else None},
-            name="gefen_dual_step_fused" if form.fused else "gefen_dual_step",
+            name=form.name,
         )
         return [*new, *map(jax.freeze, refs)]
-
-    @call.def_vmap
-    def one_by_one(size: int, batched: Any, *arrays: Any) -> Any:
-        def stacked(x: Array, batched: bool) -> Array:
-            return x if batched else jnp.broadcast_to(x, (size, *x.shape))
-
-        new = jax.lax.map(lambda x: call(*x), jax.tree.map(stacked, arrays, tuple(batched)))
-        return new, [True] * len(new)
 
     return call(inputs, written)

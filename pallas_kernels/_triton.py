@@ -1,15 +1,20 @@
-"""All that the kernels take from Pallas' Triton dialect, in one place.
+"""The dual code's step in Pallas' Triton dialect, and all that is taken from there.
 
 The dialect is deprecated since jax 0.11 and will be removed: where it is missing, this package
 still imports, and a launch raises.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from pallas_kernels._dual_step import Form, dual_step_body
+from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_power_of_two
+from pallas_kernels._in_place import call_in_place
 
 try:
     from jax.experimental.pallas import triton
@@ -33,16 +38,6 @@ def compiler_params(num_warps: int) -> Any:
         )
     # One stage: there is no loop to pipeline.
     return triton.CompilerParams(num_warps=num_warps, num_stages=1)
-
-
-def load(ref: Any, at: tuple[Array, ...], mask: Array) -> Array:
-    """The elements at arrays of indices, 0 where the mask is False."""
-    return triton.load(ref.at[at], mask=mask, other=0)
-
-
-def store(ref: Any, at: tuple[Array, ...], value: Array, mask: Array) -> None:
-    """Writes where the mask is True, in the dtype that the memory has."""
-    triton.store(ref.at[at], value.astype(ref.dtype), mask=mask)
 
 
 def lookup_assembly() -> str:
@@ -71,34 +66,87 @@ def lookup_assembly() -> str:
     return "{ " + " ".join(lines) + " }"
 
 
-class Table(NamedTuple):
-    """16 numbers for `lookup`."""
+class TritonProgram:
+    """A `pallas_kernels._dual_step.Program` of ``[rows, pairs, columns]``, all powers of two."""
 
-    entries: Sequence[Float[Array, ""]] | Float[Array, "16"]
-    interpret: bool
+    def __init__(self, layout: DualLayout, config: DualStepConfig, interpret: bool):
+        # One axis of programs, whose number no limit of the hardware's other axes touches;
+        # neighbours in memory are neighbours in time.
+        program, across = pl.program_id(0), jnp.int32(pl.cdiv(layout.inner, config.columns))
+        first_row = jax.lax.div(program, across) * config.rows
+        first_column = jax.lax.rem(program, across) * config.columns
+        shape = (config.rows, next_power_of_two(layout.pairs), config.columns)
+        blocks = (config.rows, 1, config.columns)
+        self.row, self.pair = first_row + _iota(shape, 0), _iota(shape, 1)
+        self.column = first_column + _iota(shape, 2)
+        self.block_row = first_row + _iota(blocks, 0)
+        self.block_column = first_column + _iota(blocks, 2)
+        self.padded = layout.pairs != shape[1]
+        self._interpret = interpret
 
-    @classmethod
-    def read(cls, ref: Any, number: int, interpret: bool) -> "Table":
-        """One of the tables that lie in memory one behind the other."""
+    def load(self, ref: Any, at: Array, mask: Array) -> Array:
+        return triton.load(ref.at[at], mask=mask, other=0)
+
+    def store(self, ref: Any, at: Array, value: Array, mask: Array) -> None:
+        triton.store(ref.at[at], value.astype(ref.dtype), mask=mask)
+
+    store_of_blocks = store
+
+    def largest(self, x: Array) -> Array:
+        return jnp.max(x, axis=1)[:, None, :]
+
+    def table(self, ref: Any, number: int) -> Any:
         at = range(number * LANES, (number + 1) * LANES)
         # Interpreted, one vector: programs of many small operations take long to compile.
-        return cls(ref[...][at.start : at.stop] if interpret else [ref[i] for i in at], interpret)
+        return ref[...][at.start : at.stop] if self._interpret else [ref[i] for i in at]
+
+    def lookup(self, table: Any, index: Array) -> Array:
+        # A load at computed addresses would do, but Triton lays such loads out one element per
+        # thread and moves addresses and results through shared memory: 29 barriers in a kernel
+        # that needs 3.
+        if self._interpret:  # which has no assembly
+            return table[index]
+        entries = (jnp.broadcast_to(entry, index.shape) for entry in table)
+        (result,) = triton.elementwise_inline_asm(
+            lookup_assembly(),
+            args=[index, *entries],
+            constraints="=f,r" + ",f" * LANES,
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(index.shape, jnp.float32)],
+        )
+        return result
 
 
-def lookup(table: Table, index: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Entries of a table, at indices from 0 to 15.
+def launch(
+    layout: DualLayout,
+    config: DualStepConfig,
+    form: Form,
+    inputs: list[Array],
+    written: list[Array],
+    out: list[jax.ShapeDtypeStruct],
+    interpret: bool,
+) -> Sequence[Array]:
+    """What a step writes; all but ``out``, the update, where it was.
 
-    A load at computed addresses would do, but Triton lays such loads out one element per thread and
-    moves addresses and results through shared memory: 29 barriers in a kernel that needs 3.
+    Inputs: scalars, phase, tables, g. Written: the parameter in the fused form, codes, scale,
+    exponent, and a correction if there is one.
     """
-    if table.interpret:  # which has no assembly
-        return jnp.asarray(table.entries)[index]
-    entries = (jnp.broadcast_to(entry, index.shape) for entry in table.entries)
-    (result,) = triton.elementwise_inline_asm(
-        lookup_assembly(),
-        args=[index, *entries],
-        constraints="=f,r" + ",f" * LANES,
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(index.shape, jnp.float32)],
+
+    def kernel(inputs: Any, old: Any, new: Any) -> None:
+        program = TritonProgram(layout, config, interpret)
+        dual_step_body(inputs, old, new, program, layout, form)
+
+    return call_in_place(
+        kernel,
+        inputs,
+        written,
+        out,
+        config.programs(layout),
+        compiler_params=compiler_params(config.num_warps),
+        interpret=interpret,
+        name=form.name,
     )
-    return result
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)

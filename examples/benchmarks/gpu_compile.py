@@ -6,7 +6,7 @@ of the installed jax (V is its version, and nothing else of CUDA is needed) and 
     pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V
     python examples/benchmarks/gpu_compile.py --ptxas /usr/local/cuda-13.0/bin/ptxas
 
-With `jax-triton` installed, its kernels are compiled, too.
+From jax 0.11 on Mosaic's kernels are compiled, too, and with `jax-triton` installed, its own.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from rich.table import Table
 from pallas_kernels import DualLayout, DualScalars, SplitWeight, dual_step, dual_step_config
 
 TARGET = Path(__file__).parent / "targets" / "h200.txt"
-PERIODS = (96, 256, 320, 768, 1000, 1024)
+PERIODS = (96, 256, 320, 768, 1000, 1024, 4096)
 INNERS = (1, 768)
 SIZE = 1 << 24  # of a leaf, about
 KERNEL = "dual_step"
@@ -57,7 +57,8 @@ class Build(NamedTuple):
 def set_environment(dump: str) -> None:
     """What the CUDA compiler reads when jax first asks for it: PTX goes to this folder."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    os.environ["JAX_TRITON_DUMP_DIR"] = dump
+    os.environ |= {"JAX_TRITON_DUMP_DIR": dump, "MOSAIC_GPU_DUMP_TO": dump}
+    os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_dump_to={dump} --xla_dump_emitter_re=ptx"
     jax.config.update("jax_platforms", "cpu")
@@ -71,9 +72,12 @@ def builds() -> list[Build]:
     every += [Build(*x, "bfloat16", True, 24) for x in layouts]
     every += [Build(256, 1, "bfloat16", True, bits) for bits in (16, 32)]
     every += [Build(256, 1, "float16", True, bits) for bits in (16, 24, 32)]
-    if importlib.util.find_spec("jax_triton") is None:
-        return every
-    return every + [build._replace(backend="jax_triton") for build in every]
+    backends = ["triton"]
+    if jax.__version_info__ >= (0, 11):
+        backends.append("mosaic")
+    if importlib.util.find_spec("jax_triton") is not None:
+        backends.append("jax_triton")
+    return [build._replace(backend=backend) for backend in backends for build in every]
 
 
 def arguments(build: Build, device: Any) -> tuple[Any, Any]:
@@ -128,6 +132,7 @@ def assembled(ptxas: str, dump: Path) -> dict[str, int]:
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     # XLA's of its own kernels; of those that it is given, jax_triton's.
     told = [*dump.glob("*thunk_sequence.txt"), *dump.rglob("*.compile_info")]
+    told += dump.glob("*.resources.txt")  # Mosaic's
     launches = "\n".join(p.read_text("utf-8") for p in told)
     shutil.rmtree(dump)
     dump.mkdir()
@@ -135,7 +140,9 @@ def assembled(ptxas: str, dump: Path) -> dict[str, int]:
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         "shared_bytes": int(
-            re.findall(rf"{KERNEL}.* shared_mem(?:ory|_bytes): ?(\d+)", launches)[0]
+            re.findall(
+                rf"(?:{KERNEL}.* shared_mem(?:ory|_bytes): ?|smem_scratch_bytes=)(\d+)", launches
+            )[0]
         ),
         "shared_stores": text.count("st.shared"),
         "barriers": text.count("bar.sync"),

@@ -267,7 +267,7 @@ def _store_param(
 ) -> None:
     low = None
     if form.bits is not None:
-        out, low = split(out, form.bits, fraction)
+        out, low = split(out, form.bits, refs.param.dtype, fraction)
     program.store(refs.param, at, out, mask)
     if low is not None:
         program.store(refs.correction, at, low, mask)

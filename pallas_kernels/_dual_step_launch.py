@@ -15,7 +15,7 @@ from pallas_kernels._dual_step_config import (
     DualStepConfig,
     dual_step_config,
 )
-from pallas_kernels._split_weight import BITS
+from pallas_kernels._split_weight import BITS, DTYPES
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 _DTYPES = {
@@ -44,7 +44,7 @@ class DualScalars(NamedTuple):
 
 
 class SplitWeight(NamedTuple):
-    """What a parameter in bfloat16 has beside it, if it stands for a number of more bits."""
+    """What a narrow parameter has beside it, if it stands for a number of more bits."""
 
     correction: Array | None  # int8 for 24 bits, int16 for 32, None for 16
     phase: Array | None  # two words, uint32, for its dither; None to round to the nearest
@@ -110,11 +110,9 @@ def _check_split(param: Array | None) -> None:
     """Raises unless the parameter can be a split weight here."""
     if param is None:
         raise ValueError("`split` needs `param`, the weight that it belongs to")
-    if param.dtype != jnp.bfloat16:
-        raise NotImplementedError(
-            f"this kernel takes split weights in bfloat16, got `param` in {param.dtype}: use the"
-            " XLA backend for this leaf"
-        )
+    if param.dtype not in DTYPES:
+        names = " or ".join(jnp.dtype(dtype).name for dtype in DTYPES)
+        raise TypeError(f"`param` of `split` must be {names}, got {param.dtype}")
 
 
 def _mosaic_launch(*args: Any) -> Sequence[Array]:
@@ -166,11 +164,12 @@ def dual_step(
     computed in float32 and cast once; without, the update. Codes, scales, exponents and the
     parameter are written in place where the caller donates them.
 
-    With ``split``, the parameter is a weight in bfloat16 that stands for 16, 24 or 32 bits: it is
-    merged with its correction, moved in float32, and split again, as `gefen_jax._split` has it, by
-    the same integers and the same dither. A change of 0 leaves both as they are, bit for bit. What
-    is written is the split number itself, also where an update that is added to the old weight in
-    float32, as Optax does, could not say so (a new weight below 2^-14 of the old one).
+    With ``split``, the parameter is a weight in bfloat16 or float16 that stands for 16, 24 or 32
+    bits: it is merged with its correction, moved in float32, and split again, as `gefen_jax._split`
+    has it, by the same integers and the same dither. A change of 0 leaves both as they are, bit for
+    bit. What is written is the split number itself, also where an update that is added to the old
+    weight in float32, as Optax does, could not say so (a new weight below 2^-14 of the old one; in
+    float16, 2^-11).
 
     Args:
       g: The gradient: float32, bfloat16 or float16.
@@ -187,7 +186,7 @@ def dual_step(
       param: The parameter, for the fused form: float32, bfloat16 or float16.
       learning_rate: Of the fused form, a number or a traced scalar.
       weight_decay: Likewise; 0 for a leaf without.
-      split: What goes with a weight in bfloat16; None for a parameter in one part.
+      split: What goes with a weight in bfloat16 or float16; None for a parameter in one part.
       config: How programs are cut; None takes `dual_step_config`.
       backend: "triton" for Pallas' Triton dialect, "mosaic" for Pallas' Mosaic GPU, "jax_triton"
         for `jax_triton.triton_call`.
@@ -200,8 +199,8 @@ def dual_step(
     Raises:
       TypeError: for other dtypes than these.
       ValueError: for shapes that are not the layout's, and for ``split`` without ``param``.
-      NotImplementedError: for blocks or leaves too large for this kernel, split weights in another
-        dtype than bfloat16, and where the backend is not installed, or cannot be interpreted.
+      NotImplementedError: for blocks or leaves too large for this kernel, and where the backend is
+        not installed, or cannot be interpreted.
     """
     correction, weight_phase = (None, None) if split is None else split
     leaves = {"g": g, "codes": codes, "param": param, "correction": correction}

@@ -24,7 +24,12 @@ _ENTRIES = tl.constexpr(LANES)
 _LAST = tl.constexpr(LEVELS - 1)
 _ASSEMBLY = tl.constexpr(lookup_assembly())
 _CONSTRAINTS = tl.constexpr("=f,r" + ",f" * LANES)
+_SIGN = tl.constexpr(-(1 << 31))
 _NAN = tl.constexpr(0x7FC00000)
+_NAN16 = tl.constexpr(0x7E000000)
+_INF16 = tl.constexpr(0x7C000000)
+_REBASE = tl.constexpr(112 << 23)
+_FIRST_BEYOND = tl.constexpr(143 << 23)
 _ONE = tl.constexpr(127 << 23)
 _INFINITE = tl.constexpr(255)  # the biased exponent of inf
 _TINY = tl.constexpr(2.0**-126)
@@ -121,6 +126,34 @@ def _code(codebook, offset, slope, m1, m2, nu, nu_fraction, fraction1, fraction2
 
 
 @_jit
+def _from_float32(theta, dtype: tl.constexpr):
+    """A number as an integer, of which the weight is the upper half."""
+    b = theta.to(tl.int32, bitcast=True)
+    if dtype == tl.bfloat16:
+        b = tl.where(theta != theta, _NAN, b)
+    else:
+        size = tl.abs(theta)
+        tiny = (size + 2.0**-17).to(tl.int32, bitcast=True) - (110 << 23)
+        small = (size * 2.0**40).to(tl.int32)
+        magnitude = (tl.minimum(b & ~_SIGN, _FIRST_BEYOND) - _REBASE) << 3
+        magnitude = tl.where(size < 2.0**-14, small, magnitude)
+        magnitude = tl.where(size < 2.0**-17, tiny, magnitude)
+        b = tl.where(theta != theta, _NAN16, magnitude) | (b & _SIGN)
+    return b
+
+
+@_jit
+def _to_float32(b, dtype: tl.constexpr):
+    """The inverse of `_from_float32`."""
+    if dtype == tl.float16:
+        magnitude = b & ~_SIGN
+        rebase = tl.where(magnitude >= _INF16, 2 * _REBASE, _REBASE)
+        fixed = (magnitude.to(tl.float32) * 2.0**-40).to(tl.int32, bitcast=True)
+        b = (b & _SIGN) | tl.where(magnitude < 1 << 26, fixed, (magnitude >> 3) + rebase)
+    return _float(b)
+
+
+@_jit
 def _load_param(param_ptr, correction_ptr, at, mask, bits: tl.constexpr):
     """The parameter in float32, merged with its correction if it has one."""
     param = tl.load(param_ptr + at, mask=mask, other=0)
@@ -131,7 +164,7 @@ def _load_param(param_ptr, correction_ptr, at, mask, bits: tl.constexpr):
         if bits > 16:
             correction = tl.load(correction_ptr + at, mask=mask, other=0)
             merged += correction.to(tl.int32) << (32 - bits)
-        theta = _float(merged)
+        theta = _to_float32(merged, param.dtype)
     return theta
 
 
@@ -141,9 +174,10 @@ def _store_param(param_ptr, correction_ptr, at, mask, out, fraction, bits: tl.co
     if bits is None:
         tl.store(param_ptr + at, out.to(param_ptr.dtype.element_ty), mask=mask)
     else:
+        dtype: tl.constexpr = param_ptr.dtype.element_ty
         drop: tl.constexpr = 32 - bits
         keep: tl.constexpr = bits - 16
-        t = tl.where(out != out, _NAN, out.to(tl.int32, bitcast=True))
+        t = _from_float32(out, dtype)
         if drop > 0:
             if fraction is None:
                 up = (1 << (drop - 1)) - 1 + ((t >> drop) & 1)
@@ -151,7 +185,7 @@ def _store_param(param_ptr, correction_ptr, at, mask, out, fraction, bits: tl.co
                 up = (fraction >> (32 - drop)).to(tl.int32)
             t = (t + up) >> drop
         high = (t + ((1 << keep) >> 1)) >> keep
-        tl.store(param_ptr + at, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+        tl.store(param_ptr + at, high.to(tl.int16).to(dtype, bitcast=True), mask=mask)
         if keep > 0:
             low = (t - (high << keep)).to(correction_ptr.dtype.element_ty)
             tl.store(correction_ptr + at, low, mask=mask)

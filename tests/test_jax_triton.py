@@ -21,6 +21,7 @@ import test_kernels
 from test_kernels import CASES, Case, DualStepConfig, StepContract, kernel_step
 
 import gefen_jax as gx
+from gefen_jax._split import merge
 
 jax_triton = pytest.importorskip(
     "jax_triton", reason="the extra `triton` is not installed; it needs Python 3.12 or newer"
@@ -73,6 +74,27 @@ def _max(x, axis, keep_dims):
     return tl.reduce(x, axis, tl.standard._elementwise_max, keep_dims=keep_dims)
 
 
+def _split_and_merge(
+    theta_ptr,
+    words_ptr,
+    param_ptr,
+    correction_ptr,
+    store_param: tl.constexpr,
+    load_param: tl.constexpr,
+    size: tl.constexpr,
+    bits: tl.constexpr,
+    stochastic: tl.constexpr,
+):
+    at = tl.arange(0, size)
+    mask = at < size
+    theta = tl.load(theta_ptr + at)
+    fraction = None
+    if stochastic:
+        fraction = tl.load(words_ptr + at)
+    store_param(param_ptr, correction_ptr, at, mask, theta, fraction, bits)
+    tl.store(theta_ptr + at, load_param(param_ptr, correction_ptr, at, mask, bits))
+
+
 @pytest.fixture(scope="module")
 def interpreted():
     """The kernel once more, of functions that Triton's interpreter runs."""
@@ -82,14 +104,14 @@ def interpreted():
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module._read, module._lookup = triton.jit(_pointer), triton.jit(_load_entry)
-        return module.dual_step_kernel, triton.jit(_max)
+        return module, triton.jit(_max), triton.jit(_split_and_merge)
 
 
 @pytest.fixture(scope="class")
 def on_cpu(interpreted):
     """What the interpreter makes of the kernel, where `jax_triton.triton_call` is called."""
     signature = inspect.signature(_jax_triton.dual_step_kernel.fn)
-    (interpreted_kernel, interpreted_max), calls = interpreted, []
+    (module, interpreted_max, _), calls = interpreted, []
 
     def triton_call(
         *inputs, kernel, out_type, grid, num_warps, num_stages, name, backend_options=None, **others
@@ -110,7 +132,7 @@ def on_cpu(interpreted):
                 memory[out_name] = np.zeros(out_type[0].shape, out_type[0].dtype)
             pointers = {k: _Memory(x) for k, x in memory.items()}
             with np.errstate(all="ignore"):
-                interpreted_kernel[(grid,)](**pointers, **static)
+                module.dual_step_kernel[(grid,)](**pointers, **static)
             return [memory[k] for k in ([out_name] if out_name else []) + list(refs)]
 
         new = jax.pure_callback(run, written, **arrays)
@@ -179,6 +201,36 @@ class TestJaxTriton(StepContract):
         assert on_cpu == ["gefen_dual_step_fused"] * 2  # of dual codes there are two
 
 
+# The arithmetic of split weights, which is exact --------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [16, 24, 32])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_weights_are_split_and_merged_as_in_the_plain_form(dtype, bits, stochastic, interpreted):
+    module, _, split_and_merge = interpreted
+    theta = test_kernels.float32s()
+    theta = np.resize(theta, 1 << (theta.size - 1).bit_length())  # as blocks of Triton are
+    words = np.random.default_rng(1).integers(0, 1 << 32, theta.shape, np.uint32)
+
+    @jax.jit
+    def plain(theta: Any, words: Any) -> Any:
+        parts = test_kernels.plain_parts(theta, bits, jnp.dtype(dtype), words)
+        return *parts, merge(*parts)
+
+    wanted = plain(theta, words if stochastic else None)
+    found = [None if x is None else np.zeros(x.shape, x.dtype) for x in wanted[:2]]
+    found += [theta.copy()]
+    memory = [None if x is None else _Memory(x) for x in (found[2], words, *found[:2])]
+    static = {"size": theta.size, "bits": bits, "stochastic": stochastic}
+    with np.errstate(all="ignore"):
+        split_and_merge[(1,)](
+            *memory, store_param=module._store_param, load_param=module._load_param, **static
+        )
+    test_kernels._same_weights(found[:2], wanted[:2])
+    test_kernels._same_bits(found[2], wanted[2])
+
+
 # Lowered, not run --------------------------------------------------------------------------------
 
 
@@ -202,7 +254,7 @@ def kernels(monkeypatch):
     return compiled
 
 
-@pytest.mark.parametrize("name", ["rows", "stretches", "split, 24 bits"])
+@pytest.mark.parametrize("name", ["rows", "stretches", "split, 24 bits", "split, float16, 24 bits"])
 def test_lowers_for_cuda_in_place(name, kernels):
     """One custom call, which writes all state, and the parameter, where it was."""
     case = CASES[name]

@@ -130,6 +130,10 @@ CASES = {
     "split, nearest": Case(
         DualLayout(3, 2, 3, 67), "bfloat16", "bfloat16", bits=24, stochastic=False
     ),
+    "split, float16, 24 bits": Case(DualLayout(5, 1, 128), "float16", "float16", bits=24),
+    "split, float16, 32 bits, nearest": Case(
+        DualLayout(20, 1, 48), param="float16", bits=32, stochastic=False
+    ),
 }
 SPLIT = [name for name, case in CASES.items() if case.bits]
 _CORRECTIONS = {0: None, 16: None, 24: np.dtype(np.int8), 32: np.dtype(np.int16)}
@@ -171,14 +175,18 @@ def _any_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype)
 def _any_weights(case: Case) -> Data:
     """All kinds of weights, with corrections that belong to them; no gradient was ever there."""
     data = data_of(case, 0)
-    weight = _any_bits(np.random.default_rng(1), case.shape, np.dtype(jnp.bfloat16))
-    special = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-38, 3e38]
+    weight = _any_bits(np.random.default_rng(1), case.shape, jnp.dtype(case.param))
+    info = jnp.finfo(case.param)
+    special = [0.0, -0.0, math.inf, -math.inf, math.nan, info.max]
+    special += [info.smallest_subnormal, -0.75 * float(info.tiny)]
     weight.flat[: len(special)] = special
     weight, correction = jnp.asarray(weight), data.correction
     if correction is not None:
         # Below 0 are numbers of the other sign; what is not finite has nothing to be corrected.
         correction = jnp.where(weight == 0, jnp.maximum(correction, 0), correction)
         correction = jnp.where(jnp.isfinite(weight), correction, 0)
+        # In float16 with 32 bits some pairs lie between the float32 numbers.
+        weight, correction = plain_split.split(merge(weight, correction), case.bits, weight.dtype)
     g, state = jax.tree.map(jnp.zeros_like, (data.g, data.state))
     return data._replace(g=g, state=state, param=weight, correction=correction)
 
@@ -301,14 +309,17 @@ def _check_weight(
     assert (kernel.correction is None) == (plain.correction is None)
     wanted = np.asarray(merge(plain.out, plain.correction))
     ours = np.asarray(merge(kernel.out, kernel.correction))
-    # What codes and weights of 16 or 24 bits are apart, at most; at least half of it.
-    step = 0 if case.bits == 32 else 2.0 ** (9 - case.bits) * np.abs(wanted)
+    # What split numbers are apart, at most; of normal weights at least half of it. With 32 bits all
+    # float32 numbers are among them, but for float16's below 2^-17.
+    info = jnp.finfo(kernel.out.dtype)
+    step = 2.0 ** (16 - info.nmant - case.bits) * np.maximum(np.abs(wanted), float(info.tiny))
+    step = np.where((case.bits == 32) & (np.abs(wanted) >= 2.0**-17), 0, step)
     decayed = _LEARNING_RATE * _WEIGHT_DECAY * np.abs(before)
     with np.errstate(invalid="ignore"):
         change = np.abs(wanted - before) + step + 2 * decayed
         bound = (_TOLERANCE["float32"] + 6 * U) * change + 2 * U * np.abs(wanted)
         # What the plain form adds to the old weight cannot say all: see `with_split_weights`.
-        small = np.abs(wanted) < 2.0**-14 * np.abs(before)
+        small = np.abs(wanted) < 2.0 ** (info.nmant - 21) * np.abs(before)
         bound = bound + np.where(small, 2.0**-22 * np.abs(before), 0)
         near = np.abs(ours - wanted) <= bound + step
     near |= np.isnan(ours) & np.isnan(wanted)
@@ -390,6 +401,7 @@ class StepContract:
                 ("bfloat16", "float32"),
                 ("float32", "float32"),
                 ("bfloat16", "bfloat16", False, 24),
+                ("float16", "float16", False, 24),
             ]
         ),
     )
@@ -467,15 +479,19 @@ class StepContract:
 
     @pytest.mark.parametrize("name", SPLIT)
     def test_splits_bit_for_bit(self, name):
-        """Where float32 has no part in it: 1 - 2^-7 of a weight of 16 bits is exact."""
+        """Where float32 has no part in it: 1 - 2^-7 of a weight of 16 bits is exact.
+
+        So is 1 + 2^-7 of it, which takes the largest to infinity.
+        """
         case = CASES[name]
         data = _any_weights(case)
         # No subnormals, which XLA may flush on a CPU in one program and not in another.
         weight = jnp.where(jnp.abs(data.param) < 2.0**-125, 1, data.param)
-        data = data._replace(param=weight, learning_rate=2.0**-7, weight_decay=1.0)
-        wanted = plain_step(case)(data)
-        found = type(self).step(case)(data)
-        _same_weights((found.out, found.correction), (wanted.out, wanted.correction))
+        for learning_rate in (2.0**-7, -(2.0**-7)):
+            data = data._replace(param=weight, learning_rate=learning_rate, weight_decay=1.0)
+            wanted = plain_step(case)(data)
+            found = type(self).step(case)(data)
+            _same_weights((found.out, found.correction), (wanted.out, wanted.correction))
 
     @pytest.mark.parametrize("name", SPLIT)
     def test_a_change_of_zero_leaves_split_weights(self, name):
@@ -541,25 +557,33 @@ class TestTritonInterpreted(StepContract):
 # The arithmetic of split weights, which is exact --------------------------------------------------
 
 
-def _float32s(rng: np.random.Generator) -> Any:
-    """Any bits, and the ends of the formats' ranges."""
-    ends = np.array([0, 1, 0x7F7FFFFF, 0x7F7F8000, 0x7F800000, 0x7F800001, 0x7FFFFFFF], np.int32)
-    bits = np.concatenate([_any_bits(rng, (1 << 16,), np.dtype(np.int32)), ends, ends | -(1 << 31)])
-    return jnp.asarray(bits.view(np.float32))
+def float32s() -> np.ndarray:
+    """All upper halves, with lower ones next to what is cut off; random bits; ties of float16."""
+    rng = np.random.default_rng(0)
+    lower = np.array([0, 1, 0xFFF, 0x1000, 0x7FFF, 0x8000], np.int32)
+    halves = (np.arange(1 << 16, dtype=np.int32) << 16)[:, None] | lower
+    bits = np.concatenate([halves.ravel(), _any_bits(rng, (1 << 16,), np.dtype(np.int32))])
+    # Halfway between weights below 2^-14, and so with 24 bits, and, below 2^-17, with 32.
+    odd = 2 * rng.integers(0, [[1 << 10], [1 << 18], [1 << 23]], (3, 10_000)) + 1
+    ties = (odd * 2.0 ** np.array([[-25], [-33], [-41]])).astype(np.float32)
+    return np.concatenate([bits.view(np.float32), ties.ravel(), -ties.ravel()])
 
 
+_WEIGHTS = ("bfloat16", "float16")
+
+
+@pytest.mark.parametrize("dtype", _WEIGHTS)
 @pytest.mark.parametrize("bits", [16, 24, 32])
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_weights_are_split_and_merged_as_in_the_plain_form(bits, stochastic):
-    rng = np.random.default_rng(0)
-    theta = _float32s(rng)
+def test_weights_are_split_and_merged_as_in_the_plain_form(dtype, bits, stochastic):
+    theta, dtype = jnp.asarray(float32s()), jnp.dtype(dtype)
+    rng = np.random.default_rng(1)
     words = jnp.asarray(rng.integers(0, 1 << 32, theta.shape, np.uint32)) if stochastic else None
 
     @jax.jit
     def both(theta: Any, words: Any) -> Any:
-        negative, rounded, weight = plain_split._split(theta, bits, jnp.dtype(jnp.bfloat16), words)
-        wanted = weight, plain_split._correction(negative, rounded, weight, bits)
-        weight, low = kernel_split.split(theta, bits, words)
+        wanted = plain_parts(theta, bits, dtype, words)
+        weight, low = kernel_split.split(theta, bits, dtype, words)
         found = weight, None if low is None else low.astype(_CORRECTIONS[bits])
         return wanted, found, merge(*wanted), kernel_split.merge(*found)
 
@@ -567,6 +591,29 @@ def test_weights_are_split_and_merged_as_in_the_plain_form(bits, stochastic):
     _same_weights(found, wanted)
     _same_bits(ours, theta)
     assert (found[1] is None) == (bits == 16)
+
+
+def plain_parts(theta: Any, bits: int, dtype: np.dtype, words: Any) -> tuple[Any, Any]:
+    """The specification's weight and correction."""
+    negative, rounded, weight = plain_split._split(theta, bits, dtype, words)
+    return weight, plain_split._correction(negative, rounded, weight, bits)
+
+
+@pytest.mark.parametrize("dtype", _WEIGHTS)
+@pytest.mark.parametrize("bits", [16, 24, 32])
+def test_every_weight_is_merged_as_in_the_plain_form(dtype, bits):
+    """With the ends of corrections and a few between; what no number is split into is left out."""
+    words = np.arange(1 << 16, dtype=np.uint16)
+    weight, low = jnp.asarray(words.view(jnp.dtype(dtype))), None
+    if bits > 16:
+        most = np.iinfo(_CORRECTIONS[bits]).max
+        low = np.array([-most - 1, -most, -77, -2, -1, 0, 1, 2, 77, most])[:, None]
+        weight = jnp.broadcast_to(weight, (low.size, words.size))
+        # Below 0 are numbers of the other sign, and beyond infinity there are none.
+        low = np.where((words & 0x7FFF) == 0, np.maximum(low, 0), low)
+        low = np.where(jnp.isinf(weight), np.minimum(low, 0), low)
+        low = jnp.asarray(low, _CORRECTIONS[bits])
+    _same_bits(jax.jit(kernel_split.merge)(weight, low), jax.jit(merge)(weight, low))
 
 
 # Lowering ----------------------------------------------------------------------------------------
@@ -632,10 +679,8 @@ def test_wrong_arguments_are_named():
     split = case._replace(bits=24)
     with pytest.raises(ValueError, match="`split` needs `param`"):
         _call(split, data)
-    with pytest.raises(
-        NotImplementedError, match="split weights in bfloat16, got `param` in float16"
-    ):
-        _call(split, data._replace(param=weight.astype(jnp.float16)))
+    with pytest.raises(TypeError, match="`param` of `split` must be bfloat16 or float16, got f"):
+        _call(split, data._replace(param=weight.astype(jnp.float32)))
     with pytest.raises(TypeError, match="`correction` must be int8 or int16, got int32"):
         _call(split, data._replace(param=weight, correction=weight.astype(jnp.int32)))
     with pytest.raises(ValueError, match="`param`, `correction` must have one shape of 1280"):

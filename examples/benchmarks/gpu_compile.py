@@ -44,7 +44,7 @@ class Build(NamedTuple):
     inner: int
     gradient: str
     fused: bool
-    bits: int | None = None  # of a split weight, in bfloat16; None for a parameter in float32
+    bits: int | None = None  # of a split weight, in the gradient's dtype; None for a float32
     backend: str = "triton"
 
     @property
@@ -71,6 +71,7 @@ def builds() -> list[Build]:
     every += [Build(256, 1, dtype, True) for dtype in ("bfloat16", "float16")]
     every += [Build(*x, "bfloat16", True, 24) for x in layouts]
     every += [Build(256, 1, "bfloat16", True, bits) for bits in (16, 32)]
+    every += [Build(256, 1, "float16", True, bits) for bits in (16, 24, 32)]
     backends = ["triton"]
     if jax.__version_info__ >= (0, 11):
         backends.append("mosaic")
@@ -88,7 +89,7 @@ def arguments(build: Build, device: Any) -> tuple[Any, Any]:
 
     shape = (layout.blocks, layout.period, layout.inner)
     state = (array(shape, "uint8"), array(shape[::2], "float32"), array(shape[::2], "uint8"))
-    dtype = None if not build.fused else "float32" if build.bits is None else "bfloat16"
+    dtype = None if not build.fused else "float32" if build.bits is None else build.gradient
     param, correction = array(shape, dtype), array(shape, CORRECTIONS[build.bits])
     rest = {
         "scalars": DualScalars(*(array((), "float32") for _ in DualScalars._fields)),

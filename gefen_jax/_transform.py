@@ -186,7 +186,8 @@ def scale_by_gefen(
     the gradient's dtype; updates leave in the gradient's dtype.
 
     Args:
-      b1: Decay rate of the first moment, in [0, 1).
+      b1: Decay rate of the first moment, in [0, 1). Four bits do not carry one above 0.99: leaves
+        with dual codes then have noisier updates than Adam's, up to too large ones at 0.999.
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator outside the square root.
       eps_root: Added inside the square root.

@@ -119,6 +119,28 @@ def test_32_bits_are_muon(name):
     chex.assert_trees_all_close(our_params, params, rtol=_T * _ULP, atol=_T * _ULPS * _ULP)
 
 
+@pytest.mark.parametrize("consistent_rms", [None, 0.2])
+def test_32_bits_are_muon_along_any_axes(consistent_rms):
+    """Heads, stacks and convolutions; wider, and less wide, than they are high."""
+    shapes = {"stack": (3, 8, 5), "heads": (4, 2, 9), "conv": (2, 2, 3, 7), "embedding": (9, 4)}
+    axes = {"stack": Dims(1, 2), "heads": Dims(0, (1, 2)), "conv": Dims((0, 1, 2), 3)}
+    trees = [{k: _normal(i, *shape) for k, shape in shapes.items()} for i in range(2)]
+    arguments: dict[str, Any] = {
+        "ns_steps": 2,
+        "consistent_rms": consistent_rms,
+        "muon_weight_dimension_numbers": axes | {"embedding": None},
+    }
+
+    def first_update(optimizer, grads, params):
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    optimizers = gx.gefen_muon(1e-2, bits=32, **arguments), optax.contrib.muon(1e-2, **arguments)
+    ours, theirs = jax.jit(lambda *x: [first_update(tx, *x) for tx in optimizers])(*trees)
+    for name, u in theirs.items():
+        unit = jnp.abs(u).max()
+        np.testing.assert_allclose(ours[name] / unit, u / unit, rtol=0, atol=_ULPS * _ULP)
+
+
 # The quantised momentum --------------------------------------------------------------------------
 
 _CODEBOOKS = {8: builtin_codebook(), 4: builtin_codebook(16)}

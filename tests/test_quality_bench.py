@@ -143,6 +143,7 @@ def test_comparison_on_made_up_rows():
     assert gefen.own_loss == pytest.approx(2.9)
     assert gefen.own_difference == pytest.approx((-0.1, 0.0, 3), abs=1e-9)
     assert (other.loss, other.difference, other.own_lr) == (None, None, 2.0)
+    assert (adamw.rates, gefen.rates, other.rates) == (2, 3, 1)
 
 
 def test_divergence_is_never_best():
@@ -155,13 +156,27 @@ def test_report(tmp_path):
     extra |= {"python": "3", "jax": "0", "cpu": "a"}
     losses_of = {"adamw": (1.0, 2.0), "gefen": (1.25, 2.25), "worse": (None, 3.0)}
     rows = [made_up(v, 0.1, s, x) | extra for v, of in losses_of.items() for s, x in enumerate(of)]
+    rows += [made_up(v, 0.2, 0, 1.5) | extra for v in ("adamw", "gefen")]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     quality_report.main(["--results", str(path)])
     text = (tmp_path / "quality.md").read_text()
     assert "| gefen | 1.7500 | +0.2500 ± 0.0000 | 0.1 | 1.7500 | +0.2500 ± 0.0000 | 2 |" in text
-    assert "| worse | diverged |  | 0.1 | diverged |" in text
+    assert "| worse | diverged |  |  |  |  | 2 |" in text, "of one rate nobody knows the best"
     assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+def test_lines_of_the_figure_are_of_equal_seeds():
+    rows = [made_up("adamw", lr, 0, 2.0 + lr) for lr in (1.0, 2.0)]
+    rows += [made_up("adamw", 1.0, 1, 100.0), made_up("adamw", 4.0, 0, None)]
+    rates, losses = quality_report._losses_by_lr(rows)
+    # Not the mean of 3 and 100: at the other rates there is no seed 1.
+    assert (rates, losses[:2]) == ([1.0, 2.0, 4.0], [3.0, 4.0]) and math.isnan(losses[2])
+    curves = {"adamw": [[1, 3.0], [2, 2.0]], "gefen": [[1, 3.5], [2, None]]}
+    one, other = (made_up(v, 1.0, 0, 0.0) | {"curve": curve} for v, curve in curves.items())
+    alone = other | {"seed": 1}
+    steps, differences = quality_report._curve_less([other, alone], [one])
+    assert (steps, differences[0]) == ([1, 2], 0.5) and math.isnan(differences[1])
 
 
 def test_torch_is_asked_for_by_name(monkeypatch):

@@ -19,7 +19,17 @@ from typing import Any
 
 import matplotlib
 from _common import RESULTS
-from quality_statistics import BASELINE, SETUP, Comparison, Paired, Row, by_setup, compare
+from quality_statistics import (
+    BASELINE,
+    SETUP,
+    Comparison,
+    Paired,
+    Row,
+    by_setup,
+    compare,
+    losses,
+    of_shared_seeds,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -34,8 +44,9 @@ INTRODUCTION = f"""# Optimizers by validation loss
 
 Mean over seeds of the validation loss in nats: the first two columns at the learning rate that is
 best for {BASELINE}, the next three at each optimizer's own best of those that were run, chosen by
-the same runs. Differences are paired: a seed has the same initialisation and the same batches for
-every optimizer; ± is the half-width of the 95 % t-interval of their mean.
+the same runs, and empty where only one was run. Differences are paired: a seed has the same
+initialisation and the same batches for every optimizer; ± is the half-width of the 95 % t-interval
+of their mean.
 
 `python examples/benchmarks/quality.py`, then `python examples/benchmarks/quality_report.py`
 """
@@ -70,13 +81,15 @@ def _paired(difference: Paired | None) -> str:
 def cells(comparison: Comparison) -> list[str]:
     """A variant's row, under `HEADINGS`; the baseline's differences to itself are left out."""
     itself = comparison.variant == BASELINE
+    # Of a single rate nobody knows whether it is the best.
+    own = comparison.rates > 1 or comparison.own_lr != comparison.lr
     return [
         comparison.variant,
         _loss(comparison.loss),
         "" if itself else _paired(comparison.difference),
-        f"{comparison.own_lr:g}",
-        _loss(comparison.own_loss),
-        "" if itself else _paired(comparison.own_difference),
+        f"{comparison.own_lr:g}" if own else "",
+        _loss(comparison.own_loss) if own else "",
+        _paired(comparison.own_difference) if own and not itself else "",
         str(comparison.seeds),
         f"{comparison.bytes_per_parameter:.3f}",
     ]
@@ -105,20 +118,44 @@ def markdown(setups: dict[tuple[Any, ...], list[Row]]) -> str:
 
 
 def plot(setups: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
-    """Per setup the curves at the baseline's best learning rate, and the losses by rate."""
+    """Per setup: curves at the baseline's best learning rate, less the baseline's, losses by rate.
+
+    All are means over the seeds that what is compared has in common.
+    """
     figure, axes = plt.subplots(
-        len(setups), 2, figsize=(12, 4 * len(setups)), layout="constrained", squeeze=False
+        len(setups), 3, figsize=(20, 5 * len(setups)), layout="constrained", squeeze=False
     )
-    for (left, right), (setup, rows) in zip(axes, setups.items(), strict=True):
+    colors = plt.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]
+    for (left, middle, right), (setup, rows) in zip(axes, setups.items(), strict=True):
+        base = [row for row in rows if row["variant"] == BASELINE]
         for index, comparison in enumerate(compare(rows)):
             of = [row for row in rows if row["variant"] == comparison.variant]
-            style = dict(color=f"C{index}", label=comparison.variant)
-            left.plot(*_curve([row for row in of if row["lr"] == comparison.lr]), "o-", **style)
-            right.plot(*_losses_by_lr(of), "o-", **style)
+            here = [row for row in of if row["lr"] == comparison.lr]
+            # More variants than colours: those of the second round are dashed.
+            style = dict(
+                color=colors[index % len(colors)],
+                linestyle="-" if index < len(colors) else "--",
+                marker=".",
+                label=comparison.variant,
+            )
+            left.plot(*_curve(here), **style)
+            middle.plot(*_curve_less(here, base), **style)
+            if comparison.rates > 1:
+                right.plot(*_losses_by_lr(of), **style)
         left.set(xlabel="step", ylabel="validation loss", title=title_of(setup), yscale="log")
+        middle.set(xlabel="step", ylabel=f"validation loss less {BASELINE}'s")
+        # Both 0.001 and 0.5 are to be seen.
+        middle.set_yscale("symlog", linthresh=0.02)
         right.set(xlabel="learning rate", ylabel="final validation loss", xscale="log")
-        right.legend()
-    figure.savefig(path, dpi=100)
+        right.set_visible(right.has_data())
+        figure.legend(
+            *left.get_legend_handles_labels(),
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+            bbox_transform=right.transAxes,
+            fontsize="small",
+        )
+    figure.savefig(path, dpi=60, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -170,11 +207,24 @@ def _curve(rows: Sequence[Row]) -> tuple[list[int], list[float]]:
     return list(points), [mean(of) for of in points.values()]
 
 
+def _curve_less(rows: Sequence[Row], base: Sequence[Row]) -> tuple[list[int], list[float]]:
+    """The mean of paired differences to the baseline at that learning rate, at every step."""
+    curves = {(row["lr"], row["seed"]): dict(row["curve"]) for row in base}
+    points: dict[int, list[float]] = {}
+    for row in rows:
+        of_base = curves.get((row["lr"], row["seed"]), {})
+        for step, loss in row["curve"]:
+            if step in of_base:
+                known = None not in (loss, of_base[step])
+                points.setdefault(step, []).append(loss - of_base[step] if known else math.nan)
+    return list(points), [mean(of) for of in points.values()]
+
+
 def _losses_by_lr(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    found: dict[float, list[float]] = {}
-    for row in sorted(rows, key=lambda row: row["lr"]):
-        found.setdefault(row["lr"], []).append(math.nan if row["loss"] is None else row["loss"])
-    return list(found), [mean(of) for of in found.values()]
+    """Over the seeds that most rates have: others would bend the line by their luck."""
+    judged = of_shared_seeds(losses(rows, rows[0]["variant"]))
+    found = {lr: mean(of) for lr, of in sorted(judged.items())}
+    return list(found), [x if math.isfinite(x) else math.nan for x in found.values()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

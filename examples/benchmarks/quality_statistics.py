@@ -36,6 +36,7 @@ class Comparison(NamedTuple):
     own_lr: float
     own_loss: float
     own_difference: Paired | None  # each at its own best
+    rates: int  # how many learning rates were run
     seeds: int
     bytes_per_parameter: float
 
@@ -82,8 +83,8 @@ def losses(rows: Sequence[Row], variant: str) -> dict[float, dict[int, float]]:
     return found
 
 
-def best_lr(of_lr: dict[float, dict[int, float]]) -> float:
-    """The learning rate of the lowest mean loss, over the seeds that the most rates have run.
+def of_shared_seeds(of_lr: dict[float, dict[int, float]]) -> dict[float, list[float]]:
+    """By learning rate the losses of the seeds that the most rates have run, where there are any.
 
     A rate with fewer seeds might win by their luck, and one with none of them cannot be judged.
     """
@@ -92,7 +93,13 @@ def best_lr(of_lr: dict[float, dict[int, float]]) -> float:
     }
     shared = {seed for seed, count in counts.items() if count == max(counts.values())}
     judged = {lr: [of[s] for s in shared if s in of] for lr, of in of_lr.items()}
-    return min((lr for lr in judged if judged[lr]), key=lambda lr: mean(judged[lr]))
+    return {lr: of for lr, of in judged.items() if of}
+
+
+def best_lr(of_lr: dict[float, dict[int, float]]) -> float:
+    """The learning rate of the lowest mean loss, over the seeds that the most rates have run."""
+    judged = of_shared_seeds(of_lr)
+    return min(judged, key=lambda lr: mean(judged[lr]))
 
 
 def _difference(of: dict[int, float], base: dict[int, float]) -> Paired | None:
@@ -123,6 +130,7 @@ def compare(rows: Sequence[Row], against: str = BASELINE) -> list[Comparison]:
                 own_lr=own_lr,
                 own_loss=mean(of_lr[own_lr].values()),
                 own_difference=_difference(of_lr[own_lr], other),
+                rates=len(of_lr),
                 seeds=len(here or of_lr[own_lr]),
                 bytes_per_parameter=mean(
                     row["state_bytes_per_parameter"] for row in rows if row["variant"] == variant

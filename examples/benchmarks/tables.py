@@ -125,7 +125,8 @@ def _quality(is_shown: Callable[[str], bool]) -> str:
         shown = [of for of in compare(runs) if of.variant == BASELINE or is_shown(of.variant)]
         for of in shown if len(shown) > 1 else []:
             _, loss, difference, own, own_loss, _, seeds, size = cells(of)
-            rows.append([name, of.variant, loss, difference, f"{own_loss} at {own}", seeds, size])
+            best = f"{own_loss} at {own}" if own else ""
+            rows.append([name, of.variant, loss, difference, best, seeds, size])
     head = ["task", "", "loss", "less AdamW's", "best of the rates tried", "seeds", "bytes"]
     return _markdown(head, rows)
 
@@ -144,6 +145,18 @@ def quality_shared() -> str:
 def quality_total_memory() -> str:
     """Narrow weights, FlashOptim and MicroAdam beside AdamW."""
     return _quality(lambda variant: variant.startswith(_TOTAL_MEMORY))
+
+
+def update_error() -> str:
+    """Updates of made-up gradients beside Adam's."""
+    rows, results = [], _load("update_error.json")["results"]
+    for name, of in results.items():
+        numbers = [f"{x['error']:.3f} ({x['drift']:.3f})" for x in of.values()]
+        largest = max(x["largest"] for x in of.values())
+        adam = of["dual_code"]["adam"]  # the same beside every kind
+        rows.append([name, f"{adam:.3f}", *numbers, f"{largest:.1f}"])
+    kinds = (kind.replace("_", " ") for kind in next(iter(results.values())))
+    return _markdown(["gradients", "Adam's", *kinds, "largest of all"], rows)
 
 
 def simulate_mesh() -> str:
@@ -214,6 +227,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "mesh_memory": mesh_memory,
     "simulate_mesh": simulate_mesh,
+    "update_error": update_error,
 }
 
 

@@ -87,6 +87,10 @@ class Program(Protocol):
         """Writes where the mask is True, in the dtype that the memory has."""
         ...
 
+    def load_of_blocks(self, ref: Any, at: Any, mask: Bool[Array, "..."]) -> Array:
+        """Likewise what all pairs of a block share, so that it broadcasts against them."""
+        ...
+
     def store_of_blocks(self, ref: Any, at: Any, value: Array, mask: Bool[Array, "..."]) -> None:
         """Likewise what all pairs of a block agree on."""
         ...
@@ -298,8 +302,9 @@ def dual_step_body(
     g = [load(g_ref, x, mask).astype(jnp.float32) for x in at]
     g = [x * scalars["gradient_factor"] for x in g]
     codes = [load(old_refs.codes, x, mask).astype(jnp.int32) for x in at]
-    scale = load(old_refs.scale, places.block, places.block_mask)
-    exponent = load(old_refs.exponent, places.block, places.block_mask).astype(jnp.int32)
+    scale = program.load_of_blocks(old_refs.scale, places.block, places.block_mask)
+    exponent = program.load_of_blocks(old_refs.exponent, places.block, places.block_mask)
+    exponent = exponent.astype(jnp.int32)
 
     nu = _nu_level(exponent, (codes[0] & 0xF0) | (codes[1] >> 4))
     if program.padded:

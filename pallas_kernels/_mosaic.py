@@ -14,8 +14,10 @@ from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_po
 from pallas_kernels._in_place import call_in_place
 from pallas_kernels._one_after_another import one_after_another
 
-# Of a program: a thread holds 16 pairs then, in 241 of at most 255 registers.
-_MAX_PAIRS = 2048
+# Of a thread: with more, 512 threads would need more registers than there are.
+_PAIRS = 4
+_MAX_WARPGROUPS = 4
+_MAX_PAIRS = _PAIRS * ops.WARPGROUP * _MAX_WARPGROUPS
 
 
 class MosaicProgram:
@@ -28,11 +30,13 @@ class MosaicProgram:
     def __init__(self, layout: DualLayout, config: DualStepConfig, scratch: Any, interpret: Any):
         self._interpret, self._scratch = interpret, list(scratch)
         self._pairs, self._columns = next_power_of_two(layout.pairs), config.columns
+        size = config.rows * self._pairs * self._columns
+        self._warpgroups = _warpgroups(size)
         program = ops.program_id(interpret)
         across = jnp.int32(-(-layout.inner // config.columns))
         first_row = jax.lax.div(program, across) * config.rows
         first_column = jax.lax.rem(program, across) * config.columns
-        element = ops.iota(config.rows * self._pairs * self._columns, interpret)
+        element = ops.iota(size, self._warpgroups, interpret)
         column_bits = self._columns.bit_length() - 1
         pair_bits = self._pairs.bit_length() - 1
         self.row = first_row + (element >> (pair_bits + column_bits))
@@ -50,20 +54,29 @@ class MosaicProgram:
     def store(self, ref: Any, at: Array, value: Array, mask: Array) -> None:
         ops.scatter(ref, at, value, mask, self._interpret)
 
+    load_of_blocks = load
+
     def store_of_blocks(self, ref: Any, at: Array, value: Array, mask: Array) -> None:
         self.store(ref, at, value, mask & (self.pair == 0))
 
     def largest(self, x: Array) -> Array:
         scratch = None if self._interpret else self._scratch.pop()
-        return ops.largest(x, scratch, self._pairs, self._columns, self._interpret)
+        return ops.largest(
+            x, scratch, self._pairs, self._columns, self._warpgroups, self._interpret
+        )
 
     def table(self, ref: Any, number: int) -> Array:
         # By lane: see `ops.lookup`.
-        at = number * LEVELS + (ops.iota(ops.WARPGROUP, self._interpret) & (LEVELS - 1))
+        at = number * LEVELS + (ops.iota(ops.WARPGROUP, 1, self._interpret) & (LEVELS - 1))
         return ops.gather(ref, at, self._interpret)
 
     def lookup(self, table: Array, index: Array) -> Array:
         return ops.lookup(table, index, self._interpret)
+
+
+def _warpgroups(size: int) -> int:
+    """Of a program of so many pairs."""
+    return max(1, size // (_PAIRS * ops.WARPGROUP))
 
 
 def _of_warpgroups(config: DualStepConfig, layout: DualLayout) -> tuple[DualStepConfig, int]:
@@ -107,7 +120,8 @@ def launch(
         old, new = refs[len(inputs) : given], refs[given : -ops.MAXIMA]
         kernel(refs[: len(inputs)], old, (*new, *old), *refs[-ops.MAXIMA :])
 
-    call = ops.kernel(body, out, size, programs, form.name, interpret)
+    warpgroups = 1 if interpret else _warpgroups(size)
+    call = ops.kernel(body, out, size, warpgroups, programs, form.name, interpret)
 
     @one_after_another
     def run(inputs: list[Array], written: list[Array]) -> list[Array]:

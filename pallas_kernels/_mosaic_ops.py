@@ -1,6 +1,7 @@
 """Four operations that Mosaic GPU lacks, each beside plain jnp that stands for it when interpreted.
 
-Vectors have one axis: thread i of a warpgroup holds elements i, i + 128, and so on, so that
+A program has T threads: warpgroups of 128, each of which runs the kernel on vectors of its own. Of
+all that the program works on, thread i holds elements i, i + T, i + 2 T and so on, so that
 neighbouring threads read neighbours in memory. Mosaic has no loads and stores at computed
 addresses, no lookups, and no maxima of parts of such a vector: here they are written for its
 compiler.
@@ -24,18 +25,22 @@ from jaxtyping import Array, Float, Int
 WARPGROUP = 128
 MAXIMA = 2  # how often `largest` may be called in a kernel
 _WARP = 32
-_PROGRAM = "program"
+_PROGRAM, _WARPGROUPS = "program", "warpgroup"
 _inline: Any = plgpu.inline_mgpu  # its type knows nothing of the context, the first argument
 
 
-def kernel(body: Any, out: Any, size: int, programs: int, name: str, interpret: Any) -> Any:
-    """A kernel of one warpgroup a program, with arrays of this size in shared memory."""
+def kernel(
+    body: Any, out: Any, size: int, warpgroups: int, programs: int, name: str, interpret: Any
+) -> Any:
+    """A kernel whose programs work on so many elements, with so many warpgroups."""
     return plgpu.kernel(
         body,
         out_type=out,
         scratch_types=[plgpu.SMEM((size,), jnp.int32)] * MAXIMA,
         grid=(programs,),
         grid_names=(_PROGRAM,),
+        num_threads=warpgroups,
+        thread_name=_WARPGROUPS,
         kernel_name=name,
         interpret=interpret or None,
     )
@@ -46,11 +51,16 @@ def program_id(interpret: Any) -> Int[Array, ""]:
     return pl.program_id(0) if interpret is True else jax.lax.axis_index(_PROGRAM)
 
 
-def iota(n: int, interpret: Any) -> Int[Array, "n"]:
-    """0, 1, 2, ..."""
+def iota(n: int, warpgroups: int, interpret: Any) -> Int[Array, "own"]:
+    """Of 0, 1, ..., n - 1 what a warpgroup holds. Interpreted, there is one."""
     if interpret:
         return jax.lax.iota(jnp.int32, n)
-    return plgpu.broadcasted_iota(jnp.int32, (n,), 0, layout=_vector(n))
+    own = n // warpgroups
+    i = plgpu.broadcasted_iota(jnp.int32, (own,), 0, layout=_vector(own))
+    if warpgroups == 1:
+        return i
+    first = jax.lax.axis_index(_WARPGROUPS) * WARPGROUP
+    return (i & -WARPGROUP) * warpgroups + first + (i & (WARPGROUP - 1))
 
 
 def _vector(n: int) -> Any:
@@ -136,22 +146,23 @@ def lookup(table: Float[Array, "128"], index: Int[Array, "n"], interpret: Any) -
 
 
 def largest(
-    x: Int[Array, "n"], scratch: Any, pairs: int, columns: int, interpret: Any
+    x: Int[Array, "n"], scratch: Any, pairs: int, columns: int, warpgroups: int, interpret: Any
 ) -> Int[Array, "n"]:
     """For every element of ``[rows, pairs, columns]``, all powers of two, the largest of its pairs.
 
-    The bits of an element's number are, from the lowest, 5 of its lane, 2 of its warp, and those
-    of its register. So pairs are exchanged between lanes, through memory, and within a thread. The
-    scratch is of this size, and for this call alone.
+    The bits of an element's number are, from the lowest, those of its lane, of its warp and of its
+    register. So pairs are exchanged between lanes, through memory, and within a thread. The
+    scratch has all elements of a program, and is for this call alone.
     """
     (n,) = x.shape
     if interpret:
         blocks = x.reshape(n // (pairs * columns), pairs, columns)
         return jnp.broadcast_to(blocks.max(1, keepdims=True), blocks.shape).reshape(n)
-    bits = [1 << i for i in range(n.bit_length() - 1) if columns <= 1 << i < pairs * columns]
+    threads = WARPGROUP * warpgroups
+    bits = [1 << i for i in range(32) if columns <= 1 << i < pairs * columns]
     lanes = [bit for bit in bits if bit < _WARP]
-    warps = [bit for bit in bits if _WARP <= bit < WARPGROUP]
-    registers = [bit // WARPGROUP for bit in bits if bit >= WARPGROUP]
+    warps = [bit for bit in bits if _WARP <= bit < threads]
+    registers = [bit // threads for bit in bits if bit >= threads]
 
     @_inline(arg_types=(_vector(n), plgpu.RefType()), return_type=_result(n, x.dtype))
     def run(_: Any, x: Any, scratch: Any) -> Any:
@@ -164,23 +175,25 @@ def largest(
         else:
             for bit in lanes:
                 values = [arith.maxsi(x, mgpu.utils.shfl_bfly(x, bit)) for x in values]
-        return _array(_over_warps(values, scratch, warps) if warps else values, x, True)
+        if warps:
+            values = _over_warps(values, scratch, warps, threads)
+        return _array(values, x, True)
 
     return run(x, scratch)
 
 
-def _over_warps(values: list[Any], scratch: Any, bits: list[int]) -> list[Any]:
+def _over_warps(values: list[Any], scratch: Any, bits: list[int], threads: int) -> list[Any]:
     """The largest of the elements whose numbers differ in these bits."""
     i32 = ir.IntegerType.get_signless(32)
     thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
     for register, value in enumerate(values):
-        memref.store(value, scratch, [_index(arith.addi(thread, _i32(register * WARPGROUP)))])
-    mgpu.utils.warpgroup_barrier()
+        memref.store(value, scratch, [_index(arith.addi(thread, _i32(register * threads)))])
+    gpu.barrier()
     others = [sum(chosen) for k in range(len(bits)) for chosen in combinations(bits, k + 1)]
     new = []
     for register, largest_yet in enumerate(values):
         for other in others:
-            at = arith.addi(arith.xori(thread, _i32(other)), _i32(register * WARPGROUP))
+            at = arith.addi(arith.xori(thread, _i32(other)), _i32(register * threads))
             largest_yet = arith.maxsi(largest_yet, memref.load(scratch, [_index(at)]))
         new.append(largest_yet)
     return new

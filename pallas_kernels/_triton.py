@@ -76,11 +76,11 @@ class TritonProgram:
         first_row = jax.lax.div(program, across) * config.rows
         first_column = jax.lax.rem(program, across) * config.columns
         shape = (config.rows, next_power_of_two(layout.pairs), config.columns)
-        blocks = (config.rows, 1, config.columns)
+        blocks = shape[::2]
         self.row, self.pair = first_row + _iota(shape, 0), _iota(shape, 1)
         self.column = first_column + _iota(shape, 2)
         self.block_row = first_row + _iota(blocks, 0)
-        self.block_column = first_column + _iota(blocks, 2)
+        self.block_column = first_column + _iota(blocks, 1)
         self.padded = layout.pairs != shape[1]
         self._interpret = interpret
 
@@ -90,7 +90,11 @@ class TritonProgram:
     def store(self, ref: Any, at: Array, value: Array, mask: Array) -> None:
         triton.store(ref.at[at], value.astype(ref.dtype), mask=mask)
 
-    store_of_blocks = store
+    def load_of_blocks(self, ref: Any, at: Array, mask: Array) -> Array:
+        return self.load(ref, at, mask)[:, None, :]
+
+    def store_of_blocks(self, ref: Any, at: Array, value: Array, mask: Array) -> None:
+        self.store(ref, at, jnp.squeeze(value, 1), mask)
 
     def largest(self, x: Array) -> Array:
         return jnp.max(x, axis=1)[:, None, :]

@@ -278,6 +278,34 @@ def test_steps_are_those_of_the_package(case):
     assert flipped <= 8 and total >= 28_662
 
 
+@pytest.mark.parametrize("case", _HYPER["cases"])
+def test_six_steps_end_where_those_of_the_package_do(case):
+    """On our own from the start: within 2 % of the distance moved, as a root mean square.
+
+    Its scales are rounded to 11 bits in every step, ours are not: six times 2^-11 are 0.3 %. That
+    also flips codes, 0.5 % of them, each by a hundredth of its group's largest; and a sign of
+    Lion's now and then, of 4,777. (0.1 % to 0.8 % when this was written.) Left out is what the
+    package lets a code of 0 divide by: in `adamw` one weight is moved by 16,193.
+    """
+    tx, params = _optimizer(case), _golden(case, "p", 0)
+    state, new = tx.init(params), params
+    fair = {k: np.ones(np.shape(x), bool) for k, x in params.items()}
+    steps = len(_GOLDEN[f"{case}__p__odd"])
+    for t in range(1, steps + 1):
+        updates, state = tx.update(_golden_gradients(t), state, new)
+        new = {k: new[k] + np.asarray(u) for k, u in updates.items()}
+        if "adam" in case:
+            for k, theirs in _golden(case, "nu", t).items():
+                fair[k] &= (theirs != 0) | (np.asarray(_flash(state).nu[k]) == 0)
+    end = _golden(case, "p", steps)
+    apart, moved = (
+        np.concatenate([(x[k] - y[k])[fair[k]] for k in _LEAVES])
+        for x, y in ((new, end), (end, params))
+    )
+    assert moved.size >= 0.97 * sum(x.size for x in params.values())
+    assert np.linalg.norm(apart) <= 0.02 * np.linalg.norm(moved)
+
+
 def _check_scales(ours: np.ndarray, theirs: np.ndarray) -> None:
     """Those of the package are float16(max(scale, 1e-12))."""
     half = np.spacing(theirs).astype(np.float64) / 2

@@ -8,7 +8,7 @@ EXTRAS ?= test
 # Of pytest: `FLAGS=--unoptimised` compiles some programs faster, and worse.
 FLAGS ?=
 
-.PHONY: demo test lint types check bench clean
+.PHONY: demo test lint types check bench gpu-compile clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/char_lm.py
@@ -42,6 +42,20 @@ $(VENV)/.examples: $(VENV)/bin/python pyproject.toml
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@ $(VENV)/.examples
+
+# The kernels, and whole steps, as machine code for an H200: no GPU is needed, but Linux and 500 MB.
+# What it installs lies apart: elsewhere jax would look for a GPU. `EXTRAS=test,triton` adds Triton's.
+CUDA = $(VENV)/cuda
+gpu-compile: $(CUDA)/.installed
+	PYTHONPATH=$(CUDA) $(BIN)/python examples/benchmarks/gpu_compile.py \
+	  --ptxas $(CUDA)/nvidia/cu13/bin/ptxas
+	PYTHONPATH=$(CUDA) $(BIN)/python examples/benchmarks/gpu_memory.py
+
+$(CUDA)/.installed: $(VENV)/.test
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(CUDA) nvidia-cuda-nvcc \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 from _common import write
 from cpu_step import OPTIMIZERS, make_step
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
 from shapes import gpt2_small, llama_1b
+
+import gefen_jax as gx
 
 TARGET = Path(__file__).parent / "targets" / "h200.txt"
 TREES: dict[str, Callable[[], Any]] = {
@@ -33,6 +35,11 @@ TREES: dict[str, Callable[[], Any]] = {
     "one 256M leaf": lambda: {"w": jax.ShapeDtypeStruct((16384, 16384), jnp.float32)},
     "GPT-2 small, 148 leaves": gpt2_small,
     "Llama-like 1.5B": llama_1b,
+}
+# The kernel of large leaves, from jax 0.11 on.
+KERNELS: dict[str, Callable[[Any], Any]] = {
+    "gefen, mosaic": lambda tree: gx.gefen(1e-3, backend="mosaic"),
+    "gefen, fused, mosaic": lambda tree: gx.fused_gefen(1e-3, backend="mosaic"),
 }
 NOTE = "Compiled ahead of time for an H200; not measured on a GPU."
 COLUMNS = (
@@ -150,8 +157,16 @@ def compiled(tx: Any, tree: Any, device: Any) -> Any:
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), t)
         for t in (tree, jax.eval_shape(tx.init, tree))
     )
-    traced = jax.jit(make_step(tx), donate_argnums=(0, 1)).trace(params, state, params)
-    return traced.lower(lowering_platforms=("cuda",)).compile()
+    # Mosaic asks which GPU it is for.
+    mesh = AbstractMesh(
+        (1,),
+        ("x",),
+        axis_types=(AxisType.Auto,),
+        abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda"),
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(make_step(tx), donate_argnums=(0, 1)).trace(params, state, params)
+        return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
 def measure(tx: Any, tree: Any, device: Any) -> dict[str, float]:
@@ -182,13 +197,14 @@ def main() -> None:
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text("utf-8"), topology="1x1x1"
     )
+    optimizers = OPTIMIZERS | (KERNELS if jax.__version_info__ >= (0, 11) else {})
     results: dict[str, Any] = {"note": NOTE, "trees": {}}
     table = Table("", "", *COLUMNS, title=NOTE)
     for tree_name, make_tree in TREES.items():
         tree = make_tree()
         rows = {
             name: measure(make(tree), tree, topology.devices[0])
-            for name, make in OPTIMIZERS.items()
+            for name, make in optimizers.items()
         }
         results["trees"][tree_name] = rows
         for name, row in rows.items():

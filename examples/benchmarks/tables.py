@@ -192,13 +192,14 @@ def gpu_memory() -> str:
         [
             tree,
             *(
-                f"{found[n]['temporary_bytes_per_parameter']:.2f} ({found[n]['kernels']:,})"
+                f"{found[n]['temporary_bytes_per_parameter']:.2f},"
+                f" {found[n]['traffic_bytes_per_parameter']:.1f} ({found[n]['kernels']:,})"
                 for n in names
             ),
         ]
         for tree, found in trees.items()
     ]
-    return _markdown(["temporaries in bytes per parameter (kernels)", *names], rows)
+    return _markdown(["bytes per parameter: temporaries, traffic (kernels)", *names], rows)
 
 
 def mesh_memory() -> str:

@@ -10,11 +10,11 @@ same numbers come out but for rounding; what is computed otherwise, and why:
 - A place plus its fraction is added to 16. Of floats in [16, 32) the integer part is four bits in
   one place, and no float is converted to an integer.
 
-What every language of kernels does in its own way is a `Program`.
+What every language of kernels does in its own way is a `pallas_kernels._program.Program`.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels._dual_step_config import DualLayout
+from pallas_kernels._program import Program
 from pallas_kernels._split_weight import merge, split
 
 LEVELS = 16
@@ -62,50 +63,6 @@ class Form(NamedTuple):
     def name(self) -> str:
         """Of the kernel."""
         return "gefen_dual_step_fused" if self.fused else "gefen_dual_step"
-
-
-@runtime_checkable
-class Program(Protocol):
-    """What a program of a kernel works on, and what it needs beyond `jax.numpy`.
-
-    It takes whole blocks, with all their pairs. The indices are those of its pairs, and of their
-    blocks, in shapes that broadcast. Refs have one axis.
-    """
-
-    row: Int[Array, "..."]
-    pair: Int[Array, "..."]
-    column: Int[Array, "..."]
-    block_row: Int[Array, "..."]
-    block_column: Int[Array, "..."]
-    padded: bool  # whether there are more pairs than a block has
-
-    def load(self, ref: Any, at: Int[Array, "..."], mask: Bool[Array, "..."]) -> Array:
-        """The elements at these indices; where the mask is False, 0, and any integer."""
-        ...
-
-    def store(self, ref: Any, at: Any, value: Array, mask: Bool[Array, "..."]) -> None:
-        """Writes where the mask is True, in the dtype that the memory has."""
-        ...
-
-    def load_of_blocks(self, ref: Any, at: Any, mask: Bool[Array, "..."]) -> Array:
-        """Likewise what all pairs of a block share, so that it broadcasts against them."""
-        ...
-
-    def store_of_blocks(self, ref: Any, at: Any, value: Array, mask: Bool[Array, "..."]) -> None:
-        """Likewise what all pairs of a block agree on."""
-        ...
-
-    def largest(self, x: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Of every block the largest element."""
-        ...
-
-    def table(self, ref: Any, number: int) -> Any:
-        """One of the tables of `LEVELS` numbers that lie in memory one behind the other."""
-        ...
-
-    def lookup(self, table: Any, index: Int[Array, "..."]) -> Float[Array, "..."]:
-        """Entries of a table."""
-        ...
 
 
 class Tables(NamedTuple):

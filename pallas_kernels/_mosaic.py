@@ -21,7 +21,7 @@ _MAX_PAIRS = _PAIRS * ops.WARPGROUP * _MAX_WARPGROUPS
 
 
 class MosaicProgram:
-    """A `pallas_kernels._dual_step.Program`, whose pairs lie in one axis.
+    """A `pallas_kernels._program.Program`, whose pairs lie in one axis.
 
     They are ``[rows, pairs, columns]``, all powers of two, row-major. What belongs to a block,
     every pair has.

@@ -67,7 +67,7 @@ def lookup_assembly() -> str:
 
 
 class TritonProgram:
-    """A `pallas_kernels._dual_step.Program` of ``[rows, pairs, columns]``, all powers of two."""
+    """A `pallas_kernels._program.Program` of ``[rows, pairs, columns]``, all powers of two."""
 
     def __init__(self, layout: DualLayout, config: DualStepConfig, interpret: bool):
         # One axis of programs, whose number no limit of the hardware's other axes touches;

@@ -52,6 +52,10 @@ OPTIMIZERS: dict[str, Callable[[gx.Plan], Any]] = {
     "gefen, fused, whole leaves": lambda plan: gx.fused_gefen(1e-3, plan=whole(plan)),
     "gefen, fused": lambda plan: gx.fused_gefen(1e-3, plan=plan),
 }
+# The kernel, which every device runs on its shards; for GPUs, from jax 0.11 on.
+MOSAIC: dict[str, Callable[[gx.Plan], Any]] = {
+    "gefen, fused, mosaic": lambda plan: gx.fused_gefen(1e-3, plan=plan, backend="mosaic"),
+}
 
 
 def cut(tree: Any, mesh: Mesh) -> Any:
@@ -95,11 +99,13 @@ def main() -> None:
     table = Table("", "", "", "temporary bytes", "per local parameter", "collectives", "kernels")
     for platform, devices in platforms.items():
         mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
+        with_kernel = platform == "cuda" and jax.__version_info__ >= (0, 11)
+        optimizers = OPTIMIZERS | (MOSAIC if with_kernel else {})
         for tree_name, make_tree in TREES.items():
             params = cut(make_tree(), mesh)
             plan = gx.plan_by_shape(params)
             rows = {
-                name: measure(make(plan), params, platform) for name, make in OPTIMIZERS.items()
+                name: measure(make(plan), params, platform) for name, make in optimizers.items()
             }
             results.setdefault(platform, {})[tree_name] = rows
             for name, row in rows.items():

@@ -209,7 +209,10 @@ def mesh_memory() -> str:
     rows = [
         [
             f"{tree}, 8 {device}",
-            *(f"{found[name]['temporary_bytes_per_local_parameter']:.2f}" for name in names),
+            *(
+                f"{found[name]['temporary_bytes_per_local_parameter']:.2f}" if name in found else ""
+                for name in names
+            ),
         ]
         for platform, device in (("cuda", "H200"), ("cpu", "CPU devices"))
         for tree, found in results[platform].items()

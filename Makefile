@@ -44,7 +44,8 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	touch $@ $(VENV)/.examples
 
 # The kernels, and whole steps, as machine code for an H200: no GPU is needed, but Linux and 500 MB.
-# What it installs lies apart: elsewhere jax would look for a GPU. `EXTRAS=test,triton` adds Triton's.
+# What it installs lies apart: elsewhere jax would look for a GPU. The committed results have Triton's,
+# too: Python 3.12 and `EXTRAS=test,triton`.
 CUDA = $(VENV)/cuda
 gpu-compile: $(CUDA)/.installed
 	PYTHONPATH=$(CUDA) $(BIN)/python examples/benchmarks/gpu_compile.py \

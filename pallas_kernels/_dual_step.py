@@ -175,6 +175,8 @@ def _round_to_level(
     tables: Tables, x: Float[Array, "..."], fraction: UInt32[Array, "..."], program: Program
 ) -> Int[Array, "..."]:
     """A code of each x in [-1, 1]; the fraction decides between two."""
+    # Divisions of a GPU are approximations: a block's largest may come out beyond 1.
+    x = jnp.minimum(jnp.maximum(x, -1), 1)
     gap = jnp.zeros(x.shape, jnp.int32)
     for bit in (8, 4, 2, 1):
         higher = gap | bit

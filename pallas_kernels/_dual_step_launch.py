@@ -15,6 +15,7 @@ from pallas_kernels._dual_step_config import (
     DualStepConfig,
     dual_step_config,
 )
+from pallas_kernels._one_after_another import OLDEST_JAX
 from pallas_kernels._split_weight import BITS, DTYPES
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -26,7 +27,6 @@ _DTYPES = {
 }
 # Pallas' Triton dialect takes offsets of 32 bits, signed, for arrays of up to 2^32 bytes.
 _MAX_SIZE = 2**31 - 1
-_OLDEST_MOSAIC = (0, 11)  # which writes references in place
 
 
 class DualScalars(NamedTuple):
@@ -116,9 +116,9 @@ def _check_split(param: Array | None) -> None:
 
 
 def _mosaic_launch(*args: Any) -> Sequence[Array]:
-    if jax.__version_info__ < _OLDEST_MOSAIC:
+    if jax.__version_info__ < OLDEST_JAX:
         raise NotImplementedError(
-            f"`backend` 'mosaic' needs jax 0.11 or newer, found {jax.__version__}: use another"
+            f"`backend` 'mosaic' needs jax 0.11.2 or newer, found {jax.__version__}: use another"
         )
     from pallas_kernels import _mosaic  # here, as it takes time
 

@@ -99,6 +99,8 @@ def _round_nu(nu, fraction):
 @_jit
 def _round_to_level(codebook, offset, slope, x, fraction):
     """A code of each x in [-1, 1]; the fraction decides between two."""
+    # Divisions of a GPU are approximations: a block's largest may come out beyond 1.
+    x = tl.minimum(tl.maximum(x, -1.0), 1.0)
     gap = tl.full(x.shape, 0, tl.int32)
     for i in tl.static_range(4):
         higher = gap | (8 >> i)

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from pallas_kernels._dual_step import Form
 from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_power_of_two
-from pallas_kernels._one_after_another import one_after_another
+from pallas_kernels._one_after_another import OLDEST_JAX, one_after_another
 
 _OLDEST = (0, 4, 1)  # whose references are written in place
 _WRITTEN = ("param_ptr", "codes_ptr", "scale_ptr", "exponent_ptr", "correction_ptr")
@@ -23,12 +23,12 @@ _REGISTERS = 64
 
 
 def is_available() -> bool:
-    """Whether there is a jax_triton that will do; it needs Python 3.12 and jax 0.11."""
+    """Whether there are a jax_triton and a jax that will do; Python must be 3.12 or newer."""
     try:
         import jax_triton  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
-    return jax_triton.__version_info__ >= _OLDEST
+    return jax_triton.__version_info__ >= _OLDEST and jax.__version_info__ >= OLDEST_JAX
 
 
 def launch(
@@ -47,8 +47,8 @@ def launch(
     """
     if not is_available():
         raise NotImplementedError(
-            "`backend` 'jax_triton' needs jax-triton 0.4.1 or newer, with Python 3.12 and jax 0.11"
-            " or newer: pip install 'gefen_jax[triton]', or use another backend"
+            "`backend` 'jax_triton' needs jax-triton 0.4.1 or newer, with Python 3.12 and jax"
+            " 0.11.2 or newer: pip install 'gefen_jax[triton]', or use another backend"
         )
     if interpret:
         raise NotImplementedError("`backend` 'jax_triton' has no `interpret`: use another backend")

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+# That takes references in such a rule, and, in Mosaic, all that a kernel computes.
+OLDEST_JAX = (0, 11, 2)
+
 
 def one_after_another(call: Callable[..., list[Array]]) -> Callable[..., list[Array]]:
     """The same function of arrays, which `jax.vmap` turns into a loop."""

@@ -34,7 +34,7 @@ _WITH_TRITON = pytest.param(
 _WITH_MOSAIC = pytest.param(
     "mosaic",
     marks=pytest.mark.skipif(
-        jax.__version_info__ < (0, 11), reason="`backend` 'mosaic' needs jax 0.11 or newer"
+        jax.__version_info__ < (0, 11, 2), reason="`backend` 'mosaic' needs jax 0.11.2 or newer"
     ),
 )
 with_a_kernel = pytest.mark.parametrize("kernel", [_WITH_TRITON])
@@ -274,7 +274,7 @@ def test_no_jax_triton_or_an_old_one_is_refused(module, monkeypatch):
 def test_a_jax_too_old_for_mosaic_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     tx = gx.scale_by_gefen(plan=_PLAN, backend="mosaic")
-    with pytest.raises(NotImplementedError, match="'mosaic' needs jax 0.11 or newer, found"):
+    with pytest.raises(NotImplementedError, match="'mosaic' needs jax 0.11.2 or newer, found"):
         jax.eval_shape(tx.update, _GRADS[0], tx.init(_PARAMS))
 
 

@@ -51,6 +51,8 @@ from pallas_kernels import (
     dual_step,
     dual_step_config,
 )
+from pallas_kernels._dual_step import LEVELS, Tables, _round_to_level
+from pallas_kernels._dual_step_launch import _tables
 
 U = 2.0**-24
 _DIFFER = 2e-4
@@ -614,6 +616,25 @@ def test_every_weight_is_merged_as_in_the_plain_form(dtype, bits):
         low = np.where(jnp.isinf(weight), np.minimum(low, 0), low)
         low = jnp.asarray(low, _CORRECTIONS[bits])
     _same_bits(jax.jit(kernel_split.merge)(weight, low), jax.jit(merge)(weight, low))
+
+
+class _Lookup:
+    """Of a program of a kernel what `_round_to_level` asks for."""
+
+    def lookup(self, table: Any, index: Any) -> Any:
+        return table[index]
+
+    # And what a checker of types asks for.
+    load = store = load_of_blocks = store_of_blocks = largest = table = lookup
+    row = pair = column = block_row = block_column = padded = 0
+
+
+def test_the_largest_keeps_its_sign():
+    """Beyond 1 by the error of a GPU's division, with the fractions that would carry it over."""
+    tables = Tables(*_tables(jnp.asarray(_CODEBOOK)).reshape(3, LEVELS))
+    x = jnp.array([1 + 2.0**-23, 1.0, -1.0, -1 - 2.0**-22], jnp.float32)
+    fraction = jnp.array([0xFFFFFFFF, 0xFFFFFFFF, 0, 0], jnp.uint32)
+    assert _round_to_level(tables, x, fraction, _Lookup()).tolist() == [15, 15, 0, 0]
 
 
 # Lowering ----------------------------------------------------------------------------------------

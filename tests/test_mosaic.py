@@ -26,7 +26,7 @@ from test_kernels import (
 )
 
 pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="`backend` 'mosaic' needs jax 0.11 or newer"
+    jax.__version_info__ < (0, 11, 2), reason="`backend` 'mosaic' needs jax 0.11.2 or newer"
 )
 
 

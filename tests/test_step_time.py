@@ -4,10 +4,12 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 import step_time
 
 import gefen_jax as gx
+import pallas_kernels
 
 
 def test_an_optimizer_beside_adamw(tmp_path, monkeypatch, capsys):
@@ -27,8 +29,23 @@ def test_an_optimizer_beside_adamw(tmp_path, monkeypatch, capsys):
     # Gradient, parameter and state; the last two once more. Codebooks and small leaves add to it.
     assert 14 < row["traffic_bytes_per_parameter"] < 14.5
     # There is no such kernel for a CPU.
-    assert "refused" in rows["gefen, fused, jax_triton"]
+    assert rows["gefen, fused, jax_triton"]["failed"].startswith("NotImplementedError")
     assert "gefen, fused" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    not pallas_kernels.is_available(), reason=f"jax {jax.__version__} has no Triton dialect"
+)
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_kernels_are_compared_with_the_plain_step(monkeypatch):
+    """Interpreted: nothing differs, but all does where steps are twice as long."""
+    tree = {"w": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
+    name = "gefen, fused, triton"
+    assert step_time.differing(name, tree, "triton") == {"differ": 0, "out_of": 8192}
+    monkeypatch.setitem(
+        step_time.OPTIMIZERS, name, lambda tree: gx.fused_gefen(2e-3, backend="triton")
+    )
+    assert step_time.differing(name, tree, "triton")["differ"] > 8000
 
 
 def test_every_optimizer_has_a_step():

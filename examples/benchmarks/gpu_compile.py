@@ -6,7 +6,7 @@ of the installed jax (V is its version, and nothing else of CUDA is needed) and 
     pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V
     python examples/benchmarks/gpu_compile.py --ptxas /usr/local/cuda-13.0/bin/ptxas
 
-From jax 0.11 on Mosaic's kernels are compiled, too, and with `jax-triton` installed, its own.
+From jax 0.11.2 on Mosaic's kernels are compiled, too, and with `jax-triton` installed, its own.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def builds() -> list[Build]:
     every += [Build(256, 1, "bfloat16", True, bits) for bits in (16, 32)]
     every += [Build(256, 1, "float16", True, bits) for bits in (16, 24, 32)]
     backends = ["triton"]
-    if jax.__version_info__ >= (0, 11):
+    if jax.__version_info__ >= (0, 11, 2):
         backends.append("mosaic")
     if importlib.util.find_spec("jax_triton") is not None:
         backends.append("jax_triton")

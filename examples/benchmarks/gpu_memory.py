@@ -36,7 +36,7 @@ TREES: dict[str, Callable[[], Any]] = {
     "GPT-2 small, 148 leaves": gpt2_small,
     "Llama-like 1.5B": llama_1b,
 }
-# The kernel of large leaves, from jax 0.11 on.
+# The kernel of large leaves, from jax 0.11.2 on.
 KERNELS: dict[str, Callable[[Any], Any]] = {
     "gefen, mosaic": lambda tree: gx.gefen(1e-3, backend="mosaic"),
     "gefen, fused, mosaic": lambda tree: gx.fused_gefen(1e-3, backend="mosaic"),
@@ -197,7 +197,7 @@ def main() -> None:
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text("utf-8"), topology="1x1x1"
     )
-    optimizers = OPTIMIZERS | (KERNELS if jax.__version_info__ >= (0, 11) else {})
+    optimizers = OPTIMIZERS | (KERNELS if jax.__version_info__ >= (0, 11, 2) else {})
     results: dict[str, Any] = {"note": NOTE, "trees": {}}
     table = Table("", "", *COLUMNS, title=NOTE)
     for tree_name, make_tree in TREES.items():

@@ -52,7 +52,7 @@ OPTIMIZERS: dict[str, Callable[[gx.Plan], Any]] = {
     "gefen, fused, whole leaves": lambda plan: gx.fused_gefen(1e-3, plan=whole(plan)),
     "gefen, fused": lambda plan: gx.fused_gefen(1e-3, plan=plan),
 }
-# The kernel, which every device runs on its shards; for GPUs, from jax 0.11 on.
+# The kernel, which every device runs on its shards; for GPUs, from jax 0.11.2 on.
 MOSAIC: dict[str, Callable[[gx.Plan], Any]] = {
     "gefen, fused, mosaic": lambda plan: gx.fused_gefen(1e-3, plan=plan, backend="mosaic"),
 }
@@ -99,7 +99,7 @@ def main() -> None:
     table = Table("", "", "", "temporary bytes", "per local parameter", "collectives", "kernels")
     for platform, devices in platforms.items():
         mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
-        with_kernel = platform == "cuda" and jax.__version_info__ >= (0, 11)
+        with_kernel = platform == "cuda" and jax.__version_info__ >= (0, 11, 2)
         optimizers = OPTIMIZERS | (MOSAIC if with_kernel else {})
         for tree_name, make_tree in TREES.items():
             params = cut(make_tree(), mesh)

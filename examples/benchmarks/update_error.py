@@ -67,9 +67,10 @@ CASES = {
 
 
 def measure(case: Case, kind: Any) -> dict[str, float]:
-    """Root mean squares over elements and steps of Adam's updates and of ours less Adam's.
+    """Root mean squares over elements and steps of Adam's updates, of ours and of the difference.
 
-    ``drift`` is that of the mean over steps: what is left of errors in the long run.
+    ``drift`` is that of the mean over steps: what is left of errors in the long run; ``largest`` is
+    of our updates. All after a warm-up.
     """
     params = {"w": jnp.zeros(SHAPE)}
     adam = optax.scale_by_adam(**case.arguments)
@@ -82,19 +83,20 @@ def measure(case: Case, kind: Any) -> dict[str, float]:
         our_updates, state = ours.update(g, state)
         expected, found = jax.tree.leaves((updates, our_updates))
         error = found - expected
-        new = (jnp.square(expected), jnp.square(error), error)
+        new = (jnp.square(expected), jnp.square(found), jnp.square(error), error)
         sums = tuple(s + jnp.where(number < SKIPPED, 0, x) for s, x in zip(sums, new, strict=True))
-        return (adam_state, state, sums), jnp.abs(found).max()
+        return (adam_state, state, sums), jnp.where(number < SKIPPED, 0, jnp.abs(found).max())
 
     def run() -> Any:
-        start = adam.init(params), ours.init(params), (jnp.zeros(SHAPE),) * 3
+        start = adam.init(params), ours.init(params), (jnp.zeros(SHAPE),) * 4
         (_, _, sums), largest = jax.lax.scan(step, start, jnp.arange(STEPS))
         return sums, largest.max()
 
-    (square, error, drift), largest = jax.jit(run)()
+    (square, own, error, drift), largest = jax.jit(run)()
     counted = STEPS - SKIPPED
     return {
         "adam": math.sqrt(square.mean() / counted),
+        "ours": math.sqrt(own.mean() / counted),
         "error": math.sqrt(error.mean() / counted),
         "drift": math.sqrt(jnp.mean(jnp.square(drift / counted))),
         "largest": float(largest),

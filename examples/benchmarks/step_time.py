@@ -5,7 +5,7 @@ on a GPU once more by every kernel of `pallas_kernels`. Each optimizer takes tur
 `optax.adamw`, so that what else the machine does hits both, and only two of them need memory at a
 time. A turn is several steps in a row. Medians after a warm-up; ratios are of a round's two turns.
 
-Before a kernel is timed, three steps of it are compared with the plain step's: `out_of` counts the
+Before a kernel is timed, three steps of it are compared with the plain step's: `differ` counts the
 new parameters that differ by more than a few roundings (a handful may: a code that a rounding
 decides otherwise). What fails is recorded, and the file is written after every row.
 
@@ -235,10 +235,9 @@ def main() -> None:
         rows: dict[str, Any] = {}
         for name in options.optimizer:
             try:
-                row: dict[str, Any] = compare(name, tree, options.rounds, options.steps)
                 kernel = next((k for k in _KERNELS if name.endswith(f", {k}")), None)
-                if kernel is not None:
-                    row |= differing(name, tree, kernel)
+                row: dict[str, Any] = {} if kernel is None else differing(name, tree, kernel)
+                row |= compare(name, tree, options.rounds, options.steps)
             # Whatever it is (a kernel that this jax has not, no memory): the others are measured.
             except Exception as error:
                 row = {"failed": f"{type(error).__name__}: {error}"[:500]}

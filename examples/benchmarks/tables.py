@@ -220,6 +220,14 @@ def mesh_memory() -> str:
     return _markdown(["temporaries in bytes per parameter of a device's share", *names], rows)
 
 
+def release_memory() -> str:
+    """Temporaries of a step with gradient release."""
+    results = _load("release_memory.json")["results"]
+    devices = list(next(iter(results.values())))
+    rows = [[name, *(f"{row[device]:.2f}" for device in devices)] for name, row in results.items()]
+    return _markdown(["bytes per parameter", *devices], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "char_lm": char_lm,
     "quality": quality,
@@ -229,6 +237,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_step": cpu_step,
     "gpu_memory": gpu_memory,
     "memory": memory,
+    "release_memory": release_memory,
     "mesh_memory": mesh_memory,
     "simulate_mesh": simulate_mesh,
     "update_error": update_error,

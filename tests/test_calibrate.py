@@ -20,6 +20,8 @@ from gefen_jax._candidates import block_by_shape, candidate_blocks
 from gefen_jax._constants import MAX_BLOCK, MIN_BLOCK, SMALL_LEAF
 from gefen_jax._histogram import _count
 
+pytestmark = pytest.mark.once
+
 RULES = ["axis", "reference"]
 
 

@@ -47,6 +47,8 @@ from gefen_jax._pairs import stretches
 from gefen_jax._transform import decay_at
 from gefen_jax._types import Moments, Step
 
+pytestmark = pytest.mark.once
+
 # One result, in whatever form ---------------------------------------------------------------------
 
 

@@ -25,6 +25,8 @@ from gefen_jax._encoder import (
     thresholds,
 )
 
+pytestmark = pytest.mark.once
+
 _SIZE = 8192
 _CODES = 256
 _BINS = 4096

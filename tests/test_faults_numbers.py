@@ -20,6 +20,8 @@ from gefen_jax import _codebook
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._histogram import count_normalised
 
+pytestmark = pytest.mark.once
+
 U = 2.0**-24
 SHAPE = (32, 256)  # large enough to be coded
 

@@ -29,6 +29,8 @@ from gefen_jax._flash_step import GROUP, _advance, _advance_in_place
 from gefen_jax._transform import decay_at
 from gefen_jax._types import Step
 
+pytestmark = pytest.mark.once
+
 _ULP = 2.0**-23
 _TINY = float(np.finfo(np.float32).tiny)
 

@@ -29,6 +29,8 @@ from jax.sharding import PartitionSpec as P
 import gefen_jax as gx
 from gefen_jax._builtin import builtin_codebook
 
+pytestmark = pytest.mark.once
+
 _U = 2.0**-24
 _SHAPE = (16, 512)
 _RATE = 1e-2

@@ -39,6 +39,8 @@ import gefen_jax as gx
 from gefen_jax._codebook import bin_centers, learn_reference
 from gefen_jax._period import find_period, period_scores, scale_group
 
+pytestmark = pytest.mark.once
+
 _GOLDEN = pathlib.Path(__file__).parent / "golden"
 _U = 2.0**-24
 _BF16_U = 2.0**-8

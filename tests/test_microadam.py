@@ -18,6 +18,8 @@ import gefen_jax as gx
 from gefen_jax._microadam import _check
 from gefen_jax._sparse_window import GROUP, Sparse, _read_error, _write_error, geometry
 
+pytestmark = pytest.mark.once
+
 _U = 2.0**-24  # relative rounding error of float32
 _SHAPE = (350, 200)  # 3 blocks of 23360, the last one padded by 80
 _DENSITY, _WINDOW, _B1, _B2 = 0.02, 3, 0.9, 0.99

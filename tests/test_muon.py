@@ -24,6 +24,8 @@ from gefen_jax._four_bits import pack, packed_shape, unpack
 from gefen_jax._levels import make_levels, round_to_level
 from gefen_jax._momentum import Dithered, Storage, advance, init, read, storage_for
 
+pytestmark = pytest.mark.once
+
 _T = 50
 _ULP = 2.0**-23
 

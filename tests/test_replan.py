@@ -33,6 +33,8 @@ from gefen_jax._encoder import make_encoder
 from gefen_jax._levels import make_levels
 from gefen_jax._types import Codebooks, Moments
 
+pytestmark = pytest.mark.once
+
 _U = 2.0**-24
 _SHAPE = (16, 512)
 _KINDS = {

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pallas_kernels._dual_step_config import DualLayout
+from pallas_kernels._dual_step_config import DualLayout, DualStepConfig
 from pallas_kernels._program import Program
 from pallas_kernels._split_weight import merge, split
 
@@ -63,6 +63,18 @@ class Form(NamedTuple):
     def name(self) -> str:
         """Of the kernel."""
         return "gefen_dual_step_fused" if self.fused else "gefen_dual_step"
+
+
+class Call(NamedTuple):
+    """What a launch gets: one step of a leaf."""
+
+    layout: DualLayout
+    config: DualStepConfig
+    form: Form
+    inputs: list[Array]  # scalars, phase, tables, g
+    written: list[Array]  # in place: a `_Leaf`'s fields, without the parameter if it is not fused
+    out: list[jax.ShapeDtypeStruct]  # the update, if it is not fused; the first of what is new
+    interpret: Any  # see `dual_step`
 
 
 class Tables(NamedTuple):

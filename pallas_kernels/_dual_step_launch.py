@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, UInt32
 
 from pallas_kernels import _jax_triton_launch, _triton
-from pallas_kernels._dual_step import LEVELS, SCALARS, Form
+from pallas_kernels._dual_step import LEVELS, SCALARS, Call, Form
 from pallas_kernels._dual_step_config import (
     MAX_PERIOD,
     DualLayout,
@@ -115,14 +115,14 @@ def _check_split(param: Array | None) -> None:
         raise TypeError(f"`param` of `split` must be {names}, got {param.dtype}")
 
 
-def _mosaic_launch(*args: Any) -> Sequence[Array]:
+def _mosaic_launch(call: Call) -> Sequence[Array]:
     if jax.__version_info__ < OLDEST_JAX:
         raise NotImplementedError(
             f"`backend` 'mosaic' needs jax 0.11.2 or newer, found {jax.__version__}: use another"
         )
     from pallas_kernels import _mosaic  # here, as it takes time
 
-    return _mosaic.launch(*args)
+    return _mosaic.launch(call)
 
 
 # By the name of a backend.
@@ -230,5 +230,5 @@ def dual_step(
     # Never the gradient: whose it is, we do not know, and an alias would then cost a copy.
     fresh = 0 if form.fused else 1
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:fresh]]
-    new = LAUNCHES[backend](layout, config, form, inputs, flat[fresh:], out, interpret)
+    new = LAUNCHES[backend](Call(layout, config, form, inputs, flat[fresh:], out, interpret))
     return DualStepResult(*(x.reshape(y.shape) for x, y in zip(new, old, strict=True)))

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from pallas_kernels._dual_step import Form
-from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_power_of_two
+from pallas_kernels._dual_step import Call
+from pallas_kernels._dual_step_config import next_power_of_two
 from pallas_kernels._one_after_another import OLDEST_JAX, one_after_another
 
 _OLDEST = (0, 4, 1)  # whose references are written in place
@@ -31,20 +31,9 @@ def is_available() -> bool:
     return jax_triton.__version_info__ >= _OLDEST and jax.__version_info__ >= OLDEST_JAX
 
 
-def launch(
-    layout: DualLayout,
-    config: DualStepConfig,
-    form: Form,
-    inputs: list[Array],
-    written: list[Array],
-    out: list[jax.ShapeDtypeStruct],
-    interpret: bool,
-) -> Sequence[Array]:
-    """What a step writes; all but ``out``, the update, where it was.
-
-    Inputs: scalars, phase, tables, g. Written: the parameter in the fused form, codes, scale,
-    exponent, and a correction if there is one.
-    """
+def launch(call: Call) -> Sequence[Array]:
+    """What the call writes."""
+    layout, config, form, inputs, written, out, interpret = call
     if not is_available():
         raise NotImplementedError(
             "`backend` 'jax_triton' needs jax-triton 0.4.1 or newer, with Python 3.12 and jax"
@@ -60,7 +49,7 @@ def launch(
     # Besides, it keeps the elimination of dead code away from the call: jax-triton's rule for that,
     # of 0.4.1, does not take the arguments of jax 0.12.
     @one_after_another
-    def call(inputs: list[Array], written: list[Array]) -> list[Array]:
+    def run(inputs: list[Array], written: list[Array]) -> list[Array]:
         refs = [jax.new_ref(x) for x in written]
         # Where no parameter is given, that pointer is the one to `out`.
         names = _WRITTEN if form.fused else _WRITTEN[1:]
@@ -86,4 +75,4 @@ def launch(
         )
         return [*new, *map(jax.freeze, refs)]
 
-    return call(inputs, written)
+    return run(inputs, written)

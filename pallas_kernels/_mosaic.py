@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import _mosaic_ops as ops
-from pallas_kernels._dual_step import LEVELS, Form, dual_step_body
+from pallas_kernels._dual_step import LEVELS, Call, dual_step_body
 from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_power_of_two
 from pallas_kernels._in_place import call_in_place
 from pallas_kernels._one_after_another import one_after_another
@@ -86,20 +86,9 @@ def _of_warpgroups(config: DualStepConfig, layout: DualLayout) -> tuple[DualStep
     return dataclasses.replace(config, rows=rows), rows * pairs
 
 
-def launch(
-    layout: DualLayout,
-    config: DualStepConfig,
-    form: Form,
-    inputs: list[Array],
-    written: list[Array],
-    out: list[jax.ShapeDtypeStruct],
-    interpret: Any,
-) -> Sequence[Array]:
-    """What a step writes; all but ``out``, the update, where it was.
-
-    Inputs: scalars, phase, tables, g. Written: the parameter in the fused form, codes, scale,
-    exponent, and a correction if there is one.
-    """
+def launch(call: Call) -> Sequence[Array]:
+    """What the call writes."""
+    layout, config, form, inputs, written, out, interpret = call
     config, size = _of_warpgroups(config, layout)
     if size > _MAX_PAIRS:
         raise NotImplementedError(
@@ -121,11 +110,11 @@ def launch(
         kernel(refs[: len(inputs)], old, (*new, *old), *refs[-ops.MAXIMA :])
 
     warpgroups = 1 if interpret else _warpgroups(size)
-    call = ops.kernel(body, out, size, warpgroups, programs, form.name, interpret)
+    kernel_call = ops.kernel(body, out, size, warpgroups, programs, form.name, interpret)
 
     @one_after_another
     def run(inputs: list[Array], written: list[Array]) -> list[Array]:
         refs = [jax.new_ref(x) for x in written]
-        return [*call(*inputs, *refs), *map(jax.freeze, refs)]
+        return [*kernel_call(*inputs, *refs), *map(jax.freeze, refs)]
 
     return run(inputs, written)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_kernels._dual_step import Form, dual_step_body
+from pallas_kernels._dual_step import Call, dual_step_body
 from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_power_of_two
 from pallas_kernels._in_place import call_in_place
 
@@ -121,20 +121,9 @@ class TritonProgram:
         return result
 
 
-def launch(
-    layout: DualLayout,
-    config: DualStepConfig,
-    form: Form,
-    inputs: list[Array],
-    written: list[Array],
-    out: list[jax.ShapeDtypeStruct],
-    interpret: bool,
-) -> Sequence[Array]:
-    """What a step writes; all but ``out``, the update, where it was.
-
-    Inputs: scalars, phase, tables, g. Written: the parameter in the fused form, codes, scale,
-    exponent, and a correction if there is one.
-    """
+def launch(call: Call) -> Sequence[Array]:
+    """What the call writes."""
+    layout, config, form, inputs, written, out, interpret = call
 
     def kernel(inputs: Any, old: Any, new: Any) -> None:
         program = TritonProgram(layout, config, interpret)

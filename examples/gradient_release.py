@@ -110,8 +110,8 @@ def main() -> None:
     optimizer = gx.with_split_weights(gx.fused_gefen(schedule, b2=0.99, weight_decay=0.1))
     steps = {
         "ordinary step": ordinary(optimizer),
-        "release": gx.gradient_release(optimizer, embed, layer, head),
-        "release, clipped": gx.gradient_release(optimizer, embed, layer, head, max_norm=1.0),
+        "release": gx.release(optimizer, embed, layer, head),
+        "release, clipped": gx.release(optimizer, embed, layer, head, max_norm=1.0),
     }
     table = Table(title=f"{size:,} parameters in {options.layers} layers, bytes for each")
     for heading in ("", "weights and state", "temporaries", "loss"):

@@ -29,7 +29,7 @@ from gefen_jax._muon import gefen_muon as gefen_muon
 from gefen_jax._plan import LeafPlan as LeafPlan
 from gefen_jax._plan import Plan as Plan
 from gefen_jax._plan_by_shape import plan_by_shape as plan_by_shape
-from gefen_jax._release import gradient_release as gradient_release
+from gefen_jax._release import release as release
 from gefen_jax._replan import replan as replan
 from gefen_jax._report import MemoryReport as MemoryReport
 from gefen_jax._report import memory_report as memory_report

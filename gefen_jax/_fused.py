@@ -28,7 +28,7 @@ class FusedGefen(NamedTuple):
     """What `fused_gefen` returns: pure functions, to be jitted with the rest of a training step.
 
     ``init(params)`` gives the state, `step` goes on from there. The other two fields are what
-    `with_split_weights` and `gradient_release` build on.
+    `with_split_weights` and `release` build on.
     """
 
     init: Callable[[Any], Any]  # params -> opt_state
@@ -178,7 +178,7 @@ def fused_gefen(
 
 _CLIPPED_PART = (
     "`max_norm` of `fused_gefen` would clip every layer by its own norm: give it to"
-    " `gradient_release` instead"
+    " `release` instead"
 )
 
 

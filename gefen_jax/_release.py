@@ -1,4 +1,4 @@
-"""`gradient_release`: a training step in which no tree of gradients ever exists."""
+"""`release`: a training step in which no tree of gradients ever exists."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from gefen_jax._scale_by_muon import ScaleByGefenMuonState
 from gefen_jax._transform import ScaleByGefenState, check_number
 
 
-def gradient_release(
+def release(
     optimizer: optax.GradientTransformation | FusedGefen,
     embed: Callable[[Any, Any], Any],
     layer: Callable[[Any, Any], Any],
@@ -86,7 +86,7 @@ def gradient_release(
       >>> def head(params, x, batch):
       ...   return jnp.mean((x @ params["in"].T - batch[1]) ** 2)  # tied
       >>> optimizer = gx.fused_gefen(1e-2)
-      >>> step = gx.gradient_release(optimizer, embed, layer, head)
+      >>> step = gx.release(optimizer, embed, layer, head)
       >>> step = jax.jit(step, donate_argnums=(0, 1))
       >>> params = {"in": jnp.eye(8, 64), "layers": {"w": jnp.zeros((3, 64, 64))}}
       >>> opt_state = optimizer.init(params)

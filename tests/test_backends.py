@@ -197,7 +197,7 @@ def test_layers_of_stacked_leaves(kernel):
     results = []
     for backend in ("xla", kernel):
         fused = gx.fused_gefen(_RATE, backend=backend)
-        step = _jit(gx.gradient_release(fused, _embed, _layer, _head))
+        step = _jit(gx.release(fused, _embed, _layer, _head))
         results.append(step(params, fused.init(params), batch))
     (expected, after, _), (new, state, _) = results
     _assert_same_state(state, after)

@@ -110,7 +110,7 @@ def _ordinary(optimizer: Any, loss: Any = _loss) -> Any:
 
 
 def _released(optimizer: Any, **options: Any) -> Any:
-    return gx.gradient_release(optimizer, _embed, _layer, _head, **options)
+    return gx.release(optimizer, _embed, _layer, _head, **options)
 
 
 def _assert_equal(ours: Any, theirs: Any) -> None:
@@ -233,7 +233,7 @@ def test_50_steps_alone_beside_50_ordinary_ones(name):
     split = "split" in name
     weights = gx.split_weights(params)[0] if split else params
     ours = theirs = weights, optimizer.init(params)
-    released = jax.jit(gx.gradient_release(optimizer, *_SMOOTH))
+    released = jax.jit(gx.release(optimizer, *_SMOOTH))
     ordinary = jax.jit(_ordinary(optimizer, _smooth_loss))
     for t in range(50):
         x = np.random.default_rng([1, t]).normal(size=(8, 16))
@@ -329,7 +329,7 @@ def test_on_a_mesh_clipped_or_skipped(name):
     if not stacked:
         params["layers"] = list(params["layers"])
     optimizer = optax.adamw(**_ADAM)
-    step = gx.gradient_release(
+    step = gx.release(
         optimizer,
         lambda params, batch: batch @ params["in"],
         lambda w, x: x + x @ w,
@@ -383,7 +383,7 @@ def test_integers_and_keys_pass_through_the_layers():
     params = _params(True)
     params["layers"]["steps"] = jnp.ones(_LAYERS, jnp.int32)
     opt_state = optimizer.init(params)
-    step = jax.jit(gx.gradient_release(optimizer, embed, layer, head))
+    step = jax.jit(gx.release(optimizer, embed, layer, head))
     ours, _, _ = step(params, opt_state, _batch(0))
     grads = jax.jit(jax.grad(loss, allow_int=True))(params, _batch(0))
     assert ours["layers"].pop("steps").dtype == params["layers"].pop("steps").dtype == jnp.int32
@@ -409,7 +409,7 @@ def test_a_layer_of_flash_moments_is_rounded_as_in_the_whole_leaf():
         products = jax.tree.map(lambda p, b: jnp.sum(p * b), layer_params, batch["layers"])
         return total + sum(jax.tree.leaves(products)), batch
 
-    step = gx.gradient_release(
+    step = gx.release(
         optimizer, lambda _, batch: (jnp.float32(0), batch), layer, lambda _, x, batch: x[0]
     )
     opt_state = optimizer.init(params)
@@ -430,9 +430,7 @@ def test_layers_of_a_list_may_change_the_shape():
     params = [{"w": jnp.full((8, 4), 0.5)}, {"w": jnp.full((4, 2), 0.25)}]
     optimizer = optax.sgd(0.5)
     functions = (lambda _, x: x, lambda p, x: x @ p["w"], lambda _, x, __: jnp.sum(x))
-    step = gx.gradient_release(
-        optimizer, *functions, layers=lambda params: params, skip_nonfinite=True
-    )
+    step = gx.release(optimizer, *functions, layers=lambda params: params, skip_nonfinite=True)
     x = jnp.ones((2, 8))
     new, _, loss = jax.jit(step)(params, optimizer.init(params), x)
 
@@ -447,7 +445,7 @@ def test_layers_of_a_list_may_change_the_shape():
 
 
 def test_stacked_layers_may_not_change_the_shape():
-    step = gx.gradient_release(
+    step = gx.release(
         optax.sgd(0.1), lambda _, x: x, lambda p, x: x @ p, lambda _, x, __: jnp.sum(x)
     )
     params = {"layers": jnp.ones((2, 8, 4))}
@@ -458,7 +456,7 @@ def test_stacked_layers_may_not_change_the_shape():
 def test_any_tree_of_parameters():
     params = _Net(jnp.ones(8), [jnp.full((8, 8), 0.1), jnp.full((8, 8), 0.2)])
     optimizer = optax.sgd(0.1)
-    step = gx.gradient_release(
+    step = gx.release(
         optimizer,
         lambda net, batch: batch * net.first[None],
         lambda w, x: x @ w,
@@ -509,7 +507,7 @@ def test_temporaries_are_those_of_one_layer(name):
     struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     params = {"in": struct((512,)), "layers": struct((16, 512, 1024))}
     opt_state, batch = jax.eval_shape(optimizer.init, params), struct((1, 512))
-    step = gx.gradient_release(optimizer, embed, layer, head)
+    step = gx.release(optimizer, embed, layer, head)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, batch).compile()
     used = compiled.memory_analysis()
     size = 16 * 512 * 1024
@@ -574,16 +572,14 @@ def test_what_does_not_fit_is_refused(name):
 def test_groups_of_flash_moments_that_cross_layers():
     """2 x 20 elements have two groups, as two layers have, but others: 32 and 8."""
     optimizer, params = gx.flash_lion(0.1), {"layers": jnp.ones((2, 20))}
-    step = gx.gradient_release(
-        optimizer, lambda _, x: x, lambda p, x: x + jnp.sum(p), lambda _, x, __: x
-    )
+    step = gx.release(optimizer, lambda _, x: x, lambda p, x: x + jnp.sum(p), lambda _, x, __: x)
     with pytest.raises(ValueError, match="`layers`.*cross layers"):
         jax.eval_shape(step, params, optimizer.init(params), 0.0)
 
 
 def test_a_loss_must_be_a_scalar():
     optimizer, params = optax.sgd(0.1), _params(True)
-    step = gx.gradient_release(optimizer, _embed, _layer, lambda params, x, batch: x)
+    step = gx.release(optimizer, _embed, _layer, lambda params, x, batch: x)
     with pytest.raises(ValueError, match="`head`"):
         jax.eval_shape(step, params, optimizer.init(params), _batch(0))
 

@@ -121,7 +121,7 @@ class Case:
         """The whole training step."""
         optimizer = self.optimizer()
         if self.release:
-            return gx.gradient_release(optimizer, embed, layer, head)
+            return gx.release(optimizer, embed, layer, head)
         return _ordinary(optimizer)
 
 

@@ -61,7 +61,7 @@ def temporaries(optimizer: Any, device: Any, platform: str) -> float:
 
     params = {"in": array(WIDTH), "layers": array(LAYERS, WIDTH, INNER)}
     args = placed((params, jax.eval_shape(optimizer.init, params), array(1, WIDTH)))
-    step = gx.gradient_release(optimizer, _embed, _layer, _head)
+    step = gx.release(optimizer, _embed, _layer, _head)
     traced = jax.jit(step, donate_argnums=(0, 1)).trace(*args)
     memory = traced.lower(lowering_platforms=(platform,)).compile().memory_analysis()
     assert memory is not None

@@ -48,7 +48,7 @@ def head(params, x, batch):
 optimizer = gx.with_split_weights(gx.fused_gefen(3e-3))
 opt_state = optimizer.init(params)
 weights, _ = gx.split_weights(params)
-step = gx.gradient_release(optimizer, embed, layer, head, max_norm=1.0)
+step = gx.release(optimizer, embed, layer, head, max_norm=1.0)
 step = jax.jit(step, donate_argnums=(0, 1))
 
 rows = jnp.arange(8)[:, None] + jnp.square(jnp.arange(CONTEXT + 1))[None]

@@ -50,9 +50,16 @@ class TestMosaicInterpreted(StepContract):
     test_is_the_step_of_fused_gefen_with_split_weights = None
 
 
-def test_in_the_interpreter_of_mosaic():
-    """One program, in place, with all that a step may write."""
-    case = Case(DualLayout(3, 1, 80), "bfloat16", "bfloat16", bits=32)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(DualLayout(3, 1, 80), "bfloat16", "bfloat16", bits=32),
+        Case(DualLayout(3, 1, 80), "bfloat16", nesterov=True),
+    ],
+    ids=["split weights", "updates"],
+)
+def test_in_the_interpreter_of_mosaic(case):
+    """One program, in place: references as a GPU gets them, what is new first."""
     data = data_of(case, 0)
     found = jax.jit(_kernel(case, interpret=plgpu.InterpretGPUParams()))(data)
     check_equal(case, data, plain_step(case)(data), found)

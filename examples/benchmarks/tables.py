@@ -4,6 +4,7 @@ python examples/benchmarks/tables.py
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,20 @@ from typing import Any
 
 from _common import RESULTS
 from quality_report import cells, read
-from quality_statistics import BASELINE, SETUP, by_setup, compare
+from quality_statistics import BASELINE, SETUP, Comparison, by_setup, compare
 
 _ROOT = Path(__file__).parent.parent.parent
 PAGES = (
     _ROOT / "README.md",
-    *(_ROOT / "docs" / f"{name}.md" for name in ("meshes", "total-memory")),
+    *(
+        _ROOT / "docs" / f"{name}.md"
+        for name in ("meshes", "plans", "quality", "speed", "total-memory")
+    ),
     Path(__file__).parent / "research.md",
 )
+
+
+CPU_SUMMARY = ("gefen", "gefen, fused", "gefen, shared blocks")
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -68,6 +75,19 @@ def cpu_step() -> str:
     head = _markdown(["", *(f"{name} (ratio)" for name in names), "quartiles"], rows)
     env = data["environment"]
     return f"{head}\n\n{env['cpu']}, {env['cpu_cores']} cores, jax {env['jax']}."
+
+
+def cpu_summary() -> str:
+    """Ratios to adamw of time, and temporaries, of what the README speaks of."""
+    results = _load("cpu_step.json")["results"]
+    names = [n for n in results["64M leaf: temporaries, gradients kept"] if n in CPU_SUMMARY]
+    rows = []
+    for tree in ("one 16M leaf", "GPT-2 small, 148 leaves"):
+        for what, title in (("step wall s", "step"), ("compile wall s", "compilation")):
+            row = results[tree][what]
+            cells_ = (f"{row['ratio'][name]:.1f}" for name in names)
+            rows.append([f"{tree}: {title}", *cells_, f"± {max(row['spread'].values()):.0%}"])
+    return _markdown(["times AdamW's", *names, "quartiles"], rows)
 
 
 def char_lm() -> str:
@@ -135,6 +155,34 @@ def quality() -> str:
     """States of gefen beside AdamW's, and of the PyTorch packages."""
     hidden = (*_NOT_SHOWN, *_TOTAL_MEMORY, f"{_SHARED}, ")
     return _quality(lambda variant: not variant.startswith(hidden))
+
+
+# The README's columns: what one chooses between, and what one compares it with.
+_SUMMARY = ("gefen", "gefen, wide codes", _SHARED, "torch gefen 1.2.3", "torch gefen-x 0.5.0")
+
+
+def quality_summary() -> str:
+    """Paired differences of every task in its own setup, and of the long runs."""
+    rows, usual = [], {}
+    for setup, runs in by_setup(read(RESULTS / "quality.jsonl")).items():
+        task, steps, *others = setup
+        first = usual.setdefault(task, setup)
+        if others != list(first[2:]):
+            continue
+        found = {of.variant: of for of in compare(runs)}
+        cells_ = [_difference_cell(found.get(name)) for name in _SUMMARY]
+        name = task if steps == first[1] else f"{task}, {steps:,} steps"
+        rows.append([name, f"{found[BASELINE].loss:.3f}", *cells_])
+    names = ("gefen", "wide codes", "shared blocks", "torch gefen", "torch gefen-x")
+    return _markdown(["task", "AdamW's loss", *names], rows)
+
+
+def _difference_cell(of: Comparison | None) -> str:
+    if of is None or of.difference is None:
+        return ""
+    mean_, half_width, pairs = of.difference
+    interval = "" if math.isnan(half_width) else f" ± {half_width:.3f}"
+    return f"{mean_:+.3f}{interval} ({pairs})"
 
 
 def quality_shared() -> str:
@@ -231,10 +279,12 @@ def release_memory() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "char_lm": char_lm,
     "quality": quality,
+    "quality_summary": quality_summary,
     "quality_total_memory": quality_total_memory,
     "quality_shared": quality_shared,
     "plans": plans,
     "cpu_step": cpu_step,
+    "cpu_summary": cpu_summary,
     "gpu_memory": gpu_memory,
     "memory": memory,
     "release_memory": release_memory,

@@ -21,6 +21,8 @@ from gefen_jax._backend import CHUNK
 from gefen_jax._candidates import candidate_blocks
 from gefen_jax._histogram import _count
 
+pytestmark = pytest.mark.once
+
 ROWS, COLUMNS = gx.SharedBlocks((1, 256)), gx.SharedBlocks((32, 1))
 FLAT, PER_ELEMENT = gx.FlatPeriods(256, 256), gx.FlatPeriods(1, 256)
 

@@ -31,6 +31,8 @@ from gefen_jax._blocks import (
     stats_shape,
 )
 
+pytestmark = pytest.mark.once
+
 
 def _params():
     return {

@@ -20,6 +20,8 @@ import pytest
 import gefen_jax as gx
 from gefen_jax._constants import DUAL_MIN, SMALL_LEAF
 
+pytestmark = pytest.mark.once
+
 _FOLDER = pathlib.Path(__file__).parent / "plans"
 _BOUND = 1.05
 

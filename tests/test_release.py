@@ -159,6 +159,7 @@ def _assert_close(ours: Any, theirs: Any) -> None:
         assert np.mean(~same) <= 0.01
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name, stacked", _RUNS)
 def test_50_steps_are_the_ordinary_ones(name, stacked):
     """Each from the same start, and each goes on from the other's results in turn."""
@@ -220,6 +221,7 @@ _ALONE: dict[str, Any] = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", _ALONE)
 def test_50_steps_alone_beside_50_ordinary_ones(name):
     """Neither run sees the other's results.
@@ -267,6 +269,7 @@ def test_clipping_by_the_norm_of_all(stacked):
     _assert_equal(tuple(ours), (theirs[0], theirs[1][1]))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name, stacked", [("adamw", False), ("adamw, split", True)])
 def test_a_step_that_is_not_finite_changes_nothing(name, stacked):
     optimizer, params, opt_state = _start(name, stacked)
@@ -285,6 +288,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name, stacked):
     _assert_equal(tuple(ours), tuple(theirs))
 
 
+@pytest.mark.once
 def test_on_a_mesh():
     """Data in parallel, parameters cut over the same devices: what one device gives."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

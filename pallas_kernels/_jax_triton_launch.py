@@ -6,9 +6,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from pallas_kernels._dual_step import Call
-from pallas_kernels._dual_step_config import next_power_of_two
 from pallas_kernels._one_after_another import OLDEST_JAX, one_after_another
+from pallas_kernels._step import Call
 
 _OLDEST = (0, 4, 1)  # whose references are written in place
 _WRITTEN = ("param_ptr", "codes_ptr", "scale_ptr", "exponent_ptr", "correction_ptr")
@@ -33,13 +32,13 @@ def is_available() -> bool:
 
 def launch(call: Call) -> Sequence[Array]:
     """What the call writes."""
-    layout, config, form, inputs, written, out, interpret = call
+    layout, config, form = call.layout, call.config, call.form
     if not is_available():
         raise NotImplementedError(
             "`backend` 'jax_triton' needs jax-triton 0.4.1 or newer, with Python 3.12 and jax"
             " 0.11.2 or newer: pip install 'gefen_jax[triton]', or use another backend"
         )
-    if interpret:
+    if call.interpret:
         raise NotImplementedError("`backend` 'jax_triton' has no `interpret`: use another backend")
     # Here, as it takes time, and is an extra.
     import jax_triton  # pyright: ignore[reportMissingImports]
@@ -60,19 +59,19 @@ def launch(call: Call) -> Sequence[Array]:
             layout=(layout.blocks, layout.stretches, layout.half, layout.inner),
             faster=layout.faster,
             strides=layout.strides,
-            tile=(config.rows, next_power_of_two(layout.pairs), config.columns),
+            tile=config.tile(layout),
             fused=form.fused,
             nesterov=form.nesterov,
             bits=form.bits,
             stochastic=form.stochastic,
             kernel=dual_step_kernel,
-            out_type=out,
+            out_type=call.out,
             grid=config.programs(layout),
             num_warps=config.num_warps,
             num_stages=1,  # there is no loop to pipeline
             backend_options=_OPTIONS | {"maxnreg": _REGISTERS if config.num_warps > 8 else None},
-            name=form.name,
+            name=call.name,
         )
         return [*new, *map(jax.freeze, refs)]
 
-    return run(inputs, written)
+    return run(call.inputs, call.written)

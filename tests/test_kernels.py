@@ -44,10 +44,10 @@ from gefen_jax._types import Decay, Moments, Step
 from gefen_jax._with_split_weights import _phases
 from pallas_kernels import (
     DualLayout,
-    DualScalars,
     DualStepConfig,
     DualStepResult,
     SplitWeight,
+    StepScalars,
     dual_step,
     dual_step_config,
 )
@@ -227,7 +227,7 @@ def kernel_step(case: Case, config: DualStepConfig | None = None, interpret: Any
             data.g,
             *data.state,
             layout=case.layout,
-            scalars=DualScalars(*data.decay),
+            scalars=StepScalars(*data.decay),
             codebook=jnp.asarray(_CODEBOOK),
             phase=data.phase,
             nesterov=case.nesterov,
@@ -625,8 +625,8 @@ class _Lookup:
         return table[index]
 
     # And what a checker of types asks for.
-    load = store = load_of_blocks = store_of_blocks = largest = table = lookup
-    row = pair = column = block_row = block_column = padded = 0
+    load = store = load_of_blocks = store_of_blocks = largest = total = gather = table = lookup
+    row = item = column = block_row = block_column = items = turns = padded = 0
 
 
 def test_the_largest_keeps_its_sign():

@@ -99,11 +99,11 @@ def launch(call: Call) -> Sequence[Array]:
     layout, interpret = call.layout, call.interpret
     config = _of_warpgroups(call.config, layout)
     tile = config.tile(layout)
-    size = math.prod(tile)
-    if size > _MOST_PER_THREAD * ops.WARPGROUP * _MAX_WARPGROUPS:
+    size, most = math.prod(tile), _MOST_PER_THREAD * ops.WARPGROUP * _MAX_WARPGROUPS
+    if size > most:
         raise NotImplementedError(
-            f"`backend` 'mosaic' takes no such blocks at once, got {layout} in programs of {tile}:"
-            " use the XLA backend for this leaf"
+            f"`backend` 'mosaic' works on at most {most} items of blocks at once, got {layout} in"
+            f" programs of {tile}: use a smaller `config`"
         )
     programs = config.programs(layout)
 

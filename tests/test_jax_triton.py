@@ -227,7 +227,7 @@ def test_weights_are_split_and_merged_as_in_the_plain_form(dtype, bits, stochast
         split_and_merge[(1,)](
             *memory, store_param=module._store_param, load_param=module._load_param, **static
         )
-    test_kernels._same_weights(found[:2], wanted[:2])
+    test_kernels.same_weights(found[:2], wanted[:2])
     test_kernels._same_bits(found[2], wanted[2])
 
 

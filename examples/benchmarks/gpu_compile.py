@@ -42,7 +42,7 @@ from pallas_kernels import (
 
 TARGETS = Path(__file__).parent / "targets"
 PERIODS = {
-    "dual": (96, 256, 320, 768, 1000, 1024, 4096),
+    "dual": (96, 256, 320, 768, 1000, 1024, 4096, 8192),
     "shared": (9, 96, 257, 768, 1000, 1024, 4096, 16384),
 }
 DEFAULT = {"dual": 256, "shared": 768}  # the period of the forms that have one only

@@ -211,8 +211,8 @@ def _reference(data: Data) -> _Reference:
     parts = np.max(np.abs(m) + part * np.abs(g), axis=1, keepdims=True)
     m = m + part * (g - m)
     scale = np.max(np.abs(m), axis=1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return _Reference(m / np.maximum(scale, 1e-300), scale, (8 * parts / scale + 4) * U)
+    divisor = np.maximum(scale, 1e-300)
+    return _Reference(m / divisor, scale, (8 * parts / divisor + 4) * U)
 
 
 _BORDERS = exact_thresholds(_CODEBOOK).astype(np.float64)

@@ -48,7 +48,7 @@ PERIODS = {
 DEFAULT = {"dual": 256, "shared": 768}  # the period of the forms that have one only
 INNERS = (1, 768)
 SIZE = 1 << 24  # of a leaf, about
-KERNEL = r"gefen_\w+_step"
+KERNEL = "(?:dual|shared)_step"
 LOOKUP_BINS = 8192
 CORRECTIONS = {None: None, 16: None, 24: "int8", 32: "int16"}
 

@@ -6,6 +6,7 @@ Triton, as with `pallas_kernels._jax_triton`.
 
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 import triton.language as tl
 
@@ -117,7 +118,11 @@ def shared_step_kernel(
     stats_mask = (row < blocks) & (column < inner)
     stats = row * inner + column
     first = row * (period * inner) + column
+    # Before the reductions, for which all threads of a block wait: one of them writes these.
     scale = tl.load(scale_ptr + stats, mask=stats_mask, other=0)
+    nu = 0.0
+    if not nu_per_element:
+        nu = tl.load(nu_ptr + stats, mask=stats_mask, other=0)
     (
         gradient_factor,
         one_minus_b1,
@@ -146,7 +151,6 @@ def shared_step_kernel(
     scale = float_of(tl.minimum(tl.max(largest, axis=1, keep_dims=True), _INFINITY))
     inverse_scale, inverse = 1 / tl.maximum(scale, _TINY), 0.0
     if not nu_per_element:
-        nu = tl.load(nu_ptr + stats, mask=stats_mask, other=0)
         nu = b2 * nu + one_minus_b2 * (tl.sum(squares, axis=1, keep_dims=True) * (1 / period))
         inverse = _inverse_root(nu, inverse_correction2, eps_root, eps)
         tl.store(nu_ptr + stats, nu, mask=stats_mask)
@@ -161,10 +165,10 @@ def shared_step_kernel(
         tl.store(codes_ptr + at, code.to(tl.uint8), mask=mask)
         own = inverse
         if nu_per_element:
-            nu = tl.load(nu_ptr + at, mask=mask, other=0)
-            nu = b2 * nu + one_minus_b2 * (g * g)
-            own = _inverse_root(nu, inverse_correction2, eps_root, eps)
-            tl.store(nu_ptr + at, nu, mask=mask)
+            own_nu = tl.load(nu_ptr + at, mask=mask, other=0)
+            own_nu = b2 * own_nu + one_minus_b2 * (g * g)
+            own = _inverse_root(own_nu, inverse_correction2, eps_root, eps)
+            tl.store(nu_ptr + at, own_nu, mask=mask)
         out = tl.load(codebook_ptr + code) * (scale * m_factor * own)
         if nesterov:
             out = out + g * g_factor * own

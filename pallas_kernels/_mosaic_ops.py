@@ -120,7 +120,8 @@ def gather(ref: Any, at: Int[Array, "n"], interpret: Any) -> Array:
     def run(_: Any, ref: Any, at: Any) -> Any:
         return _array([memref.load(ref, [_index(i)]) for i in _elements(at)], at, signed)
 
-    return run(ref, at)
+    # An array of one number, repeated, would be held otherwise.
+    return run(ref, plgpu.layout_cast(at, _vector(n)))
 
 
 def scatter(ref: Any, at: Int[Array, "n"], value: Array, mask: Array, interpret: Any) -> None:
@@ -158,7 +159,6 @@ def lookup(table: Float[Array, "128"], index: Int[Array, "n"], interpret: Any) -
         ]
         return _array(found, index, None)
 
-    # An array of one number, repeated, would be held otherwise.
     return run(table, plgpu.layout_cast(index, _vector(n)))
 
 

@@ -159,7 +159,12 @@ def shared_step_body(
     scalars = read_scalars(scalars_ref)
     block = program.block_row * layout.inner + program.block_column
     block_mask = (program.block_row < layout.blocks) & (program.block_column < layout.inner)
+    # All threads of a block read these, and one writes them: behind the reductions, for which they
+    # wait for each other.
     scale = program.load_of_blocks(old_refs.scale, block, block_mask)
+    nu = None
+    if not layout.nu_per_element:
+        nu = program.load_of_blocks(old_refs.nu, block, block_mask)
     read = _reader(g_ref, old_refs.codes, encoder.codebook, scale, scalars, program, layout)
 
     first = read(0) if program.turns == 1 else None
@@ -167,8 +172,7 @@ def shared_step_body(
     # NaN becomes inf, as an infinite scale makes the block's updates NaN.
     scale = float_of(jnp.minimum(largest, INFINITY))
     inverse = None
-    if not layout.nu_per_element:
-        nu = program.load_of_blocks(old_refs.nu, block, block_mask)
+    if nu is not None:
         nu = _next_nu(nu, squares * np.float32(1 / layout.period), scalars)
         inverse = _inverse_root(nu, scalars)
         program.store_of_blocks(new_refs.nu, block, nu, block_mask)

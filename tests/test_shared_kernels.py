@@ -197,11 +197,13 @@ def _interpreted(case: Case, config: SharedStepConfig | None = None) -> Any:
 
 
 class _Reference(NamedTuple):
-    """In float64: what is coded, the scales, and how far from these float32 may be, in either."""
+    """In float64 what is coded, and per block how far off it may be in float32.
+
+    So far, relative to themselves, may scales be.
+    """
 
     x: np.ndarray
-    scale: np.ndarray
-    bound: np.ndarray  # of x, and of scales relative to themselves; per block
+    bound: np.ndarray
 
 
 def _reference(data: Data) -> _Reference:
@@ -212,7 +214,7 @@ def _reference(data: Data) -> _Reference:
     m = m + part * (g - m)
     scale = np.max(np.abs(m), axis=1, keepdims=True)
     divisor = np.maximum(scale, 1e-300)
-    return _Reference(m / divisor, scale, (8 * parts / divisor + 4) * U)
+    return _Reference(m / divisor, (8 * parts / divisor + 4) * U)
 
 
 _BORDERS = exact_thresholds(_CODEBOOK).astype(np.float64)

@@ -184,7 +184,7 @@ def compiled(build: Build, gpu: Gpu, device: Any) -> Any:
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
-def assembled(ptxas: str, dump: Path) -> dict[str, int]:
+def assembled(ptxas: str, dump: Path) -> dict[str, Any]:
     """What ptxas says of the kernel in the dump, which is emptied."""
     (path,) = (p for p in dump.rglob("*.ptx") if re.search(KERNEL, p.read_text("utf-8")))
     text = path.read_text("utf-8")
@@ -198,6 +198,7 @@ def assembled(ptxas: str, dump: Path) -> dict[str, int]:
     shutil.rmtree(dump)
     dump.mkdir()
     return {
+        "architecture": architecture,
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         "shared_bytes": int(

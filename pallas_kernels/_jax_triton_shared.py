@@ -28,7 +28,6 @@ _TINY = tl.constexpr(2.0**-126)
 @jit
 def _encode(x, codebook_ptr, count_below_ptr, next_threshold_ptr, bins: tl.constexpr):
     """The nearest code of each x."""
-    x = tl.minimum(tl.maximum(x, -1.0), 1.0)
     if bins > 0:
         number = tl.minimum(tl.maximum(((x + 1) * (bins // 2)).to(tl.int32), 0), bins - 1)
         code = tl.load(count_below_ptr + number).to(tl.int32)

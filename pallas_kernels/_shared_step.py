@@ -6,8 +6,8 @@ otherwise, and why:
 
 - What is divided by is a block's, so its inverse is taken once, and elements are multiplied by it.
   Divisions and roots of GPUs are approximations by themselves. So an m / scale may be two roundings
-  away from the plain step's, and its code the neighbour where a border lies between the two; and a
-  block's largest may come out beyond 1, which is clamped, as the tables end there.
+  away from the plain step's, and its code the neighbour where a border lies between the two. A
+  block's largest may come out beyond 1, and so beyond all borders, as it should.
 - The largest |m| is that of the floats' bits, in which NaN comes last.
 - Squares are added up in another order.
 
@@ -72,11 +72,10 @@ class _Stats(NamedTuple):
 
 def encode(x: Float[Array, "..."], encoder: Encoder, program: Program) -> Int[Array, "..."]:
     """The nearest code of each x, as in `gefen_jax._encoder.encode`."""
-    x = jnp.minimum(jnp.maximum(x, -1), 1)
     if encoder.count_below is None:
         return _search(x, encoder.codebook, program)
     (bins,) = encoder.count_below.shape
-    # Clamped as integers, so that a NaN cannot index outside the table.
+    # Clamped as integers, so that nothing can index outside the table, beyond 1 or NaN.
     bin = jnp.minimum(jnp.maximum(((x + 1) * (bins // 2)).astype(jnp.int32), 0), bins - 1)
     code = program.gather(encoder.count_below, bin).astype(jnp.int32)
     return jnp.where(x > program.gather(encoder.next_threshold, bin), code + 1, code)

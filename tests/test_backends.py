@@ -52,7 +52,7 @@ _KINDS: dict[str, tuple[tuple[int, ...], Any]] = {
     "rows": ((6, 64), gx.DualCode((1, 64))),
     "columns": ((32, 5), gx.DualCode((32, 1))),
     "shared": ((6, 40), gx.SharedBlocks((1, 40))),
-    "a shorter last run": ((7, 5), gx.SharedBlocks((3, 1))),  # two leaves for a kernel
+    "a shorter last run": ((7, 5), gx.SharedBlocks((4, 1))),  # two leaves for a kernel
     "flat": ((6, 10), gx.FlatPeriods(1, 15)),
     "bias": ((7,), gx.Exact()),
 }

@@ -31,9 +31,10 @@ from pallas_kernels._step import (
     bits_of,
     dither,
     float_of,
-    inverse_root,
+    inverse_of,
     leaves,
     read_scalars,
+    root_of,
 )
 
 LEVELS = 16
@@ -201,7 +202,7 @@ def dual_step_body(
 
     nu = _nu_level(coded.exponent, coded.h)
     unit = coded.scale * jnp.sqrt(nu) * scalars["m_factor"]
-    inverse = inverse_root(nu, scalars)
+    inverse = inverse_of(root_of(nu, scalars))
     # Before the product with a codebook's entry: of a nu that overflowed, inf * 0 is NaN.
     rate = unit * inverse
     words = (phase_ref[3], phase_ref[4], start) if form.stochastic else None

@@ -17,11 +17,12 @@ from pallas_kernels._dual_step import LEVELS
 from pallas_kernels._jax_triton_common import (
     dither,
     float_of,
-    inverse_root,
+    inverse_of,
     jit,
     move,
     position_of,
     read_scalars,
+    root_of,
 )
 from pallas_kernels._triton import LANES, lookup_assembly
 
@@ -181,7 +182,7 @@ def dual_step_kernel(
     tl.store(nu_ptr + stats, exponent.to(tl.uint8), mask=stats_mask)
 
     nu = _nu_level(exponent, h)
-    inverse = inverse_root(nu, inverse_correction2, eps_root, eps)
+    inverse = inverse_of(root_of(nu, inverse_correction2, eps_root, eps))
     # Before the product with a codebook's entry: of a nu that overflowed, inf * 0 is NaN.
     rate = scale * tl.sqrt(nu) * m_factor * inverse
     words_ptr = phase_ptr + 3

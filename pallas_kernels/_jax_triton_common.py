@@ -131,10 +131,14 @@ def read_scalars(scalars_ptr):
 
 
 @jit
-def inverse_root(nu, inverse_correction2, eps_root, eps):
-    """1 / (sqrt(nu / (1 - b2^t) + eps_root) + eps)."""
-    root = tl.sqrt(nu * inverse_correction2 + eps_root) + eps
-    # What never saw a gradient stays where it is, with eps = 0 too.
+def root_of(nu, inverse_correction2, eps_root, eps):
+    """sqrt(nu / (1 - b2^t) + eps_root) + eps."""
+    return tl.sqrt(nu * inverse_correction2 + eps_root) + eps
+
+
+@jit
+def inverse_of(root):
+    """1 / root, and 0 of 0."""
     return 1 / tl.where(root == 0, float("inf"), root)
 
 

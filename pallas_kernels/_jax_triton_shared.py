@@ -12,11 +12,12 @@ import triton.language as tl
 
 from pallas_kernels._jax_triton_common import (
     float_of,
-    inverse_root,
+    inverse_of,
     jit,
     move,
     position_of,
     read_scalars,
+    root_of,
 )
 from pallas_kernels._shared_step import CODES
 
@@ -72,9 +73,9 @@ def _read(
 
 @jit
 def _inverse_root(nu, inverse_correction2, eps_root, eps):
-    inverse = inverse_root(nu, inverse_correction2, eps_root, eps)
-    # A square that overflowed would freeze its block for ever (x / inf = 0): make its updates NaN.
-    return tl.where(nu < float("inf"), inverse, float("nan"))
+    root = root_of(nu, inverse_correction2, eps_root, eps)
+    # A square that overflowed would freeze its block for ever: inf * 0 makes its updates NaN.
+    return inverse_of(root + root * 0)
 
 
 @jit

@@ -32,14 +32,14 @@ from pallas_kernels._step import (
     INFINITY,
     TINY,
     Form,
-    Leaf,
     Move,
     Scalars,
     bits_of,
     float_of,
-    inverse_root,
+    inverse_of,
     leaves,
     read_scalars,
+    root_of,
 )
 
 CODES = 256
@@ -76,9 +76,9 @@ def encode(x: Float[Array, "..."], encoder: Encoder, program: Program) -> Int[Ar
         return _search(x, encoder.codebook, program)
     (bins,) = encoder.count_below.shape
     # Clamped as integers, so that nothing can index outside the table, beyond 1 or NaN.
-    bin = jnp.minimum(jnp.maximum(((x + 1) * (bins // 2)).astype(jnp.int32), 0), bins - 1)
-    code = program.gather(encoder.count_below, bin).astype(jnp.int32)
-    return jnp.where(x > program.gather(encoder.next_threshold, bin), code + 1, code)
+    number = jnp.minimum(jnp.maximum(((x + 1) * (bins // 2)).astype(jnp.int32), 0), bins - 1)
+    code = program.gather(encoder.count_below, number).astype(jnp.int32)
+    return jnp.where(x > program.gather(encoder.next_threshold, number), code + 1, code)
 
 
 def _search(x: Float[Array, "..."], codebook: Any, program: Program) -> Int[Array, "..."]:
@@ -198,15 +198,15 @@ def _next_nu(
 
 
 def _inverse_root(nu: Float[Array, "..."], scalars: Scalars) -> Float[Array, "..."]:
-    inverse = inverse_root(nu, scalars)
-    # A square that overflowed would freeze its block for ever (x / inf = 0): make its updates NaN.
-    return jnp.where(nu < jnp.inf, inverse, jnp.nan)
+    root = root_of(nu, scalars)
+    # A square that overflowed would freeze its block for ever (x / inf = 0): inf * 0 makes its
+    # updates NaN.
+    return inverse_of(root + root * 0)
 
 
 def _write(x: _Elements, stats: _Stats, encoder: Encoder, move: Move) -> None:
     """Codes the elements, and moves the weights."""
-    program, scalars = move.program, move.scalars
-    old: Leaf = move.old
+    program, scalars, old = move.program, move.scalars, move.old
     code = encode(x.m * stats.inverse_scale, encoder, program)
     program.store(move.new.codes, x.at, code, x.mask)
     inverse = stats.inverse_root

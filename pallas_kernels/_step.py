@@ -94,10 +94,13 @@ def float_of(bits: Int[Array, "..."] | UInt32[Array, "..."]) -> Float[Array, "..
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def inverse_root(nu: Float[Array, "..."], scalars: Scalars) -> Float[Array, "..."]:
-    """1 / (sqrt(nu / (1 - b2^t) + eps_root) + eps)."""
-    root = jnp.sqrt(nu * scalars["inverse_correction2"] + scalars["eps_root"]) + scalars["eps"]
-    # What never saw a gradient stays where it is, with eps = 0 too.
+def root_of(nu: Float[Array, "..."], scalars: Scalars) -> Float[Array, "..."]:
+    """sqrt(nu / (1 - b2^t) + eps_root) + eps."""
+    return jnp.sqrt(nu * scalars["inverse_correction2"] + scalars["eps_root"]) + scalars["eps"]
+
+
+def inverse_of(root: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1 / root, and 0 of 0: what never saw a gradient stays where it is, with eps = 0 too."""
     return 1 / jnp.where(root == 0, jnp.inf, root)
 
 

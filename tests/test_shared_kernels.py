@@ -267,8 +267,8 @@ def check_equal(case: Case, data: Data, plain: Result, kernel: SharedStepResult)
         if data.param is not None:
             terms = terms + np.abs(np.asarray(data.param, np.float32))
         near = np.abs(ours - out) <= tolerance * terms + np.finfo(np.float32).tiny
-    assert np.all(near | (ours == out) | ~same)
     np.testing.assert_array_equal(np.isnan(ours), np.isnan(out))
+    assert np.all(near | (ours == out) | np.isnan(out) | ~same)
 
 
 class SharedStepContract:
@@ -354,6 +354,14 @@ class SharedStepContract:
         zeros = jax.tree.map(jnp.zeros_like, data.state)
         found = self.check(case, data._replace(g=data.g * jnp.float32(factor), state=zeros))
         assert np.isfinite(found.out).all() == (factor < 1e20)
+
+    def test_a_correction_that_overflows(self):
+        """Does not freeze its block either: nu is finite, and 1,000 of it are not."""
+        case = CASES["rows"]
+        data = data_of(case, 0, t=1)
+        nu = data.state.nu.at[2].set(1e37)
+        found = self.check(case, data._replace(state=data.state._replace(nu=nu)))
+        assert np.isnan(found.out).all(axis=(1, 2)).tolist() == [False, False, True, False, False]
 
     def test_gradient_factor(self):
         """A power of two, so that nothing rounds otherwise."""

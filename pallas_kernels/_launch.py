@@ -142,7 +142,7 @@ def _mosaic_launch(call: Call) -> Sequence[Array]:
 
 
 # By the name of a backend.
-_LAUNCHES = {
+LAUNCHES = {
     "triton": _triton.launch,
     "mosaic": _mosaic_launch,
     "jax_triton": _jax_triton_launch.launch,
@@ -163,5 +163,5 @@ def launched(
     # Never the gradient: whose it is, we do not know, and an alias would then cost a copy.
     fresh = 1 if weights.param is None else 0
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:fresh]]
-    new = _LAUNCHES[backend](Call(**call, written=flat[fresh:], out=out))
+    new = LAUNCHES[backend](Call(**call, written=flat[fresh:], out=out))
     return [x.reshape(y.shape) for x, y in zip(new, old, strict=True)]

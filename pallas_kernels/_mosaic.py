@@ -32,7 +32,7 @@ class MosaicProgram:
     def __init__(self, layout: Layout, config: StepConfig, scratch: Any, interpret: Any):
         self._interpret, self._scratch = interpret, list(scratch)
         tile = rows, self.items, columns = config.tile(layout)
-        warpgroups = _warpgroups(math.prod(tile))
+        warpgroups = warpgroups_of(math.prod(tile))
         self._blocks = ops.Blocks(self.items, columns, warpgroups)
         program = ops.program_id(interpret)
         across = jnp.int32(-(-layout.inner // columns))
@@ -82,12 +82,12 @@ class MosaicProgram:
         return ops.lookup(table, index, self._interpret)
 
 
-def _warpgroups(size: int) -> int:
+def warpgroups_of(size: int) -> int:
     """Of a program of so many items."""
     return min(max(1, size // (_PER_THREAD * ops.WARPGROUP)), _MAX_WARPGROUPS)
 
 
-def _of_warpgroups(config: StepConfig, layout: Layout) -> StepConfig:
+def of_warpgroups(config: StepConfig, layout: Layout) -> StepConfig:
     """A config with at least an item for every thread."""
     _, items, columns = config.tile(layout)
     rows = max(config.rows, ops.WARPGROUP // (items * columns))
@@ -97,7 +97,7 @@ def _of_warpgroups(config: StepConfig, layout: Layout) -> StepConfig:
 def launch(call: Call) -> Sequence[Array]:
     """What the call writes."""
     layout, interpret = call.layout, call.interpret
-    config = _of_warpgroups(call.config, layout)
+    config = of_warpgroups(call.config, layout)
     tile = config.tile(layout)
     size, most = math.prod(tile), _MOST_PER_THREAD * ops.WARPGROUP * _MAX_WARPGROUPS
     if size > most:
@@ -120,7 +120,7 @@ def launch(call: Call) -> Sequence[Array]:
         old, new = refs[len(inputs) : given], refs[given : -ops.REDUCTIONS]
         kernel(refs[: len(inputs)], old, (*new, *old), *refs[-ops.REDUCTIONS :])
 
-    warpgroups = 1 if interpret else _warpgroups(size)
+    warpgroups = 1 if interpret else warpgroups_of(size)
     scratch = ops.scratch_size(size, tile[2])
     kernel_call = ops.kernel(body, call.out, scratch, warpgroups, programs, call.name, interpret)
 

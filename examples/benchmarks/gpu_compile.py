@@ -65,10 +65,12 @@ class Build(NamedTuple):
     backend: str = "triton"
     exact_lookup: bool = True  # of shared blocks; or else the codebook is halved
 
+    size: int = SIZE  # of a leaf, about
+
     @property
     def layout(self) -> Any:
         """Blocks of one stretch."""
-        blocks = max(1, SIZE // (self.period * self.inner))
+        blocks = max(1, self.size // (self.period * self.inner))
         if self.step == "shared":
             return SharedLayout(blocks, self.period, self.inner)
         return DualLayout(blocks, 1, self.period // 2, self.inner)
@@ -158,13 +160,16 @@ def arguments(build: Build, device: Any) -> tuple[Any, Any]:
     return (state, param, correction), (array(shape, build.gradient), rest)
 
 
-def step_of(build: Build) -> Any:
+def step_of(build: Build, interpret: bool = False) -> Any:
     """A step of what it may overwrite and the rest."""
 
     def step(donated: Any, others: Any) -> Any:
         (state, param, correction), (g, rest) = donated, others
-        split = None if build.bits is None else SplitWeight(correction, rest["phase"])
+        # Of 32 bits nothing is rounded.
+        phase = None if build.bits == 32 else rest["phase"]
+        split = None if build.bits is None else SplitWeight(correction, phase)
         how = {"param": param, "split": split, "layout": build.layout, "backend": build.backend}
+        how |= {"interpret": interpret}
         if build.step == "dual":
             rest = rest | {"codebook": rest["tables"].codebook}
             return dual_step(g, *state, **how, **{k: x for k, x in rest.items() if k != "tables"})
@@ -184,9 +189,15 @@ def compiled(build: Build, gpu: Gpu, device: Any) -> Any:
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
+def ptx_in(dump: Path) -> Path:
+    """The kernel's in the dump."""
+    (path,) = (p for p in dump.rglob("*.ptx") if re.search(KERNEL, p.read_text("utf-8")))
+    return path
+
+
 def assembled(ptxas: str, dump: Path) -> dict[str, Any]:
     """What ptxas says of the kernel in the dump, which is emptied."""
-    (path,) = (p for p in dump.rglob("*.ptx") if re.search(KERNEL, p.read_text("utf-8")))
+    path = ptx_in(dump)
     text = path.read_text("utf-8")
     (architecture,) = re.findall(r"\.target (\w+)", text)
     command = [ptxas, "-v", f"-arch={architecture}", str(path), "-o", os.devnull]
@@ -218,7 +229,7 @@ def measure(build: Build, gpu: Gpu, device: Any, ptxas: str, dump: Path) -> dict
     hlo, config = executable.as_text(), build.config
     rows, items, columns = config.tile(build.layout)
     return {
-        **build._asdict(),
+        **{name: x for name, x in build._asdict().items() if name != "size"},
         "rows": rows,
         "items": items,
         "columns": columns,

@@ -45,12 +45,13 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 
 # The kernels, and whole steps, as machine code for an H200: no GPU is needed, but Linux and 500 MB.
 # What it installs lies apart: elsewhere jax would look for a GPU. The committed results have Triton's,
-# too: Python 3.12 and `EXTRAS=test,triton`.
+# too: Python 3.12 and `EXTRAS=test,triton`. The last line runs what is made for Mosaic, on a CPU.
 CUDA = $(VENV)/cuda
 gpu-compile: $(CUDA)/.installed
 	PYTHONPATH=$(CUDA) $(BIN)/python examples/benchmarks/gpu_compile.py \
 	  --ptxas $(CUDA)/nvidia/cu13/bin/ptxas
 	PYTHONPATH=$(CUDA) $(BIN)/python examples/benchmarks/gpu_memory.py
+	PYTHONPATH=$(CUDA) $(BIN)/python examples/benchmarks/ptx_run.py
 
 $(CUDA)/.installed: $(VENV)/.test
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \

@@ -47,7 +47,8 @@ def gefen(
         calibration.
       backend: None for the implementation that is known to be best on the device at hand, "xla", or
         "mosaic", "triton" or "jax_triton" for the kernels of `pallas_kernels` in these languages
-        (dual codes on NVIDIA GPUs; not measured on one yet, so None never takes them).
+        (on NVIDIA GPUs; not measured on one yet, so None never takes them). A backend by name is
+        obeyed: a `WideDualCode` has no kernel and raises. Exact leaves are small, and stay plain.
 
     Returns:
       The corresponding `optax.GradientTransformationExtraArgs`.

@@ -1,5 +1,6 @@
 """The one place that knows which device it is on, and which implementation runs there."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,24 +52,38 @@ def check_backend(backend: str | None) -> None:
         )
 
 
-def kernel_of(kind: str, g: Array, backend: str | None) -> Any:
-    """The module with the kernels of a kind of leaf, if its name was given and it has some.
+# By the kind of leaf, the module with its kernels. Exact leaves never ask: they are small, and XLA
+# makes one kernel of their step.
+_MODULES = {
+    "dual_code": "_dual_kernel",
+    "shared_blocks": "_shared_kernel",
+    "flat_periods": "_shared_kernel",
+}
 
-    On a CPU those of "triton" and "mosaic" are interpreted, slowly: to try them, and for tests.
+
+def kernel_of(kind: str, g: Array, backend: str | None) -> Any:
+    """The module with the kernels of a kind of leaf; None if no backend with kernels was named.
+
+    None, too, for a leaf without elements. On a CPU those of "triton" and "mosaic" are interpreted, slowly: to try them, and for tests.
 
     Raises:
-      NotImplementedError: For a leaf on several devices, whose shards a kernel does not know.
+      NotImplementedError: For a kind without a kernel, and for a leaf on several devices, whose
+        shards a kernel does not know.
     """
-    if backend not in _KERNELS or kind != "dual_code":
+    if backend not in _KERNELS or not g.size:
         return None
+    if kind not in _MODULES:
+        raise NotImplementedError(
+            f"`backend` {backend!r} has no kernel for a leaf of kind {kind!r}, as one of {g.shape}"
+            f" is: use None or 'xla', or a plan with one of {', '.join(map(repr, _MODULES))}"
+        )
     if _on_a_mesh(g):
         raise NotImplementedError(
             f"`backend` {backend!r} takes leaves on one device, found one of {g.shape} on"
             f" {jax.typeof(g).sharding.mesh}: use None or 'xla'"
         )
-    from gefen_jax import _dual_kernel  # noqa: PLC0415 (takes time, and Pallas, where it is asked for)
-
-    return _dual_kernel
+    # Here, as it takes time, and Pallas, where it is asked for.
+    return importlib.import_module(f"gefen_jax.{_MODULES[kind]}")
 
 
 def in_best_form(

@@ -2,23 +2,22 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 import pallas_kernels
 from gefen_jax._backend import NO_DERIVATIVE
 from gefen_jax._blocks import Axis, Shape, flat_view
 from gefen_jax._dither import strides_at
+from gefen_jax._kernel_call import fused_arguments, run_kernel
 from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._pairs import stretches
 from gefen_jax._types import Moments, Move, Step, Weight
-from pallas_kernels import DualLayout, DualScalars, DualStepResult, SplitWeight
+from pallas_kernels import DualLayout, DualStepResult, StepScalars
 
 
 def update(g: Array, moments: Moments, block: Shape, step: Step) -> tuple[Array, Moments]:
     """One step: the direction, in the gradient's dtype, and the new moments."""
-    result = _step(g, moments, block, step)
+    result = _step(g, moments, block, step, {})
     return result.out, _moments(result)
 
 
@@ -26,21 +25,7 @@ def fused(
     weight: Weight, g: Array, moments: Moments, block: Shape, step: Step, move: Move
 ) -> tuple[Weight, Moments]:
     """One step that takes the weight along."""
-    rates, split = step.rates, None
-    assert rates is not None
-    factor: Any = 1.0
-    if rates.clip is not None:
-        factor = jnp.where(rates.clip.idle, 1.0, rates.clip.max_norm / rates.clip.norm)
-    if move.rounding is not None:
-        split = SplitWeight(weight.low, move.phase if move.rounding.stochastic else None)
-    others = {
-        "gradient_factor": factor,
-        "param": weight.high,
-        "split": split,
-        "learning_rate": -rates.scale,
-        "weight_decay": 0.0 if rates.weight_decay is None else rates.weight_decay,
-    }
-    result = _step(g, moments, block, step, **others)
+    result = _step(g, moments, block, step, fused_arguments(weight, step, move))
     return Weight(result.out, result.correction), _moments(result)
 
 
@@ -48,7 +33,9 @@ def _moments(result: DualStepResult) -> Moments:
     return Moments(result.codes, result.scale, result.exponent)
 
 
-def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -> DualStepResult:
+def _step(
+    g: Array, moments: Moments, block: Shape, step: Step, others: dict[str, Any]
+) -> DualStepResult:
     g, moments = not_differentiable((g, moments), NO_DERIVATIVE)
     backend: Any = step.backend
     offset: Any = 0 if step.place is None else step.place.offset
@@ -56,33 +43,29 @@ def _step(g: Array, moments: Moments, block: Shape, step: Step, **others: Any) -
     view, number = flat_view(g.shape, block), stretches(block)
     layout = DualLayout(view.blocks, number, view.period // number // 2, view.inner, axes)
 
-    def launch(interpret: bool) -> Any:
-        def run(
-            g: Array,
-            moments: Moments,
-            decay: Any,
-            codebook: Array,
-            phase: Array,
-            offset: Any,
-            others: Any,
-        ):
-            return pallas_kernels.dual_step(
-                g,
-                *moments,
-                layout=layout,
-                scalars=DualScalars(*decay),
-                codebook=codebook,
-                phase=phase,
-                offset=offset,
-                nesterov=step.nesterov,
-                backend=backend,
-                interpret=interpret,
-                **others,
-            )
+    def launch(
+        interpret: bool,
+        g: Array,
+        moments: Moments,
+        decay: Any,
+        codebook: Array,
+        phase: Array,
+        offset: Any,
+        others: Any,
+    ) -> DualStepResult:
+        return pallas_kernels.dual_step(
+            g,
+            *moments,
+            layout=layout,
+            scalars=StepScalars(*decay),
+            codebook=codebook,
+            phase=phase,
+            offset=offset,
+            nesterov=step.nesterov,
+            backend=backend,
+            interpret=interpret,
+            **others,
+        )
 
-        return run
-
-    # Without a default: for other devices JAX raises when it lowers.
     args = g, moments, step.decay, step.levels.codebook, step.phase, offset, others
-    interpreted = {"cpu": launch(True)} if backend != "jax_triton" else {}
-    return jax.lax.platform_dependent(*args, cuda=launch(False), **interpreted)
+    return run_kernel(launch, backend, *args)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import numbers
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gefen_jax._backend import in_best_form
+from gefen_jax._backend import in_best_form, kernel_of
 from gefen_jax._blocks import Shape
+from gefen_jax._dither import Place
 from gefen_jax._step import advance, direction, read_moments, write_moments
-from gefen_jax._types import Codebooks, Moments, Step
+from gefen_jax._types import Codebooks, Moments, Move, Step
+from gefen_jax._update_then_move import update_then_move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +65,32 @@ class FlatPeriods:
 
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """One step on the flattened leaf; see `gefen_jax._step` for the equations."""
-        flat, block = g.reshape(-1), (self.group,)
-        new = in_best_form(advance, flat, moments._replace(mu=moments.mu.reshape(-1)), block, step)
-        update = direction(flat, new, block, step)
+        flat, block, old = g.reshape(-1), (self.group,), _flat(moments)
+        if (kernel := kernel_of(self.name, g, step.backend)) is not None:
+            update, new = kernel.update(flat, old, block, step)
+        else:
+            new = in_best_form(advance, flat, old, block, step)
+            update = direction(flat, new, block, step)
         return update.reshape(g.shape), new._replace(mu=new.mu.reshape(g.shape))
+
+    def fused(
+        self, weight: Any, g: Array, moments: Moments, step: Step, move: Move
+    ) -> tuple[Any, Moments]:
+        """One step that takes the weight along."""
+        if (kernel := kernel_of(self.name, g, step.backend)) is None:
+            return update_then_move(self, weight, g, moments, step, move)
+        if step.place is not None:  # a layer, which has no gaps
+            step = step._replace(place=Place(step.place.offset, (1,)))
+        flat = jax.tree.map(lambda x: x.reshape(-1), weight)
+        args = flat, g.reshape(-1), _flat(moments), (self.group,), step, move
+        weight, new = kernel.fused(*args)
+        weight = jax.tree.map(lambda x: x.reshape(g.shape), weight)
+        return weight, new._replace(mu=new.mu.reshape(g.shape))
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
         """As with shared blocks, on the flattened leaf."""
-        flat = moments._replace(mu=moments.mu.reshape(-1))
         shape = moments.mu.shape
-        mu, nu = read_moments(flat, (self.group,), codebooks)
+        mu, nu = read_moments(_flat(moments), (self.group,), codebooks)
         return mu.reshape(shape), nu.reshape(shape)
 
     def write(self, mu: Array, nu: Array, codebooks: Codebooks) -> Moments:
@@ -89,3 +108,7 @@ class FlatPeriods:
     def describe(self) -> str:
         """Period, and group where it differs."""
         return f"{self.period} flat" + ("" if self.group == self.period else f" / {self.group}")
+
+
+def _flat(moments: Moments) -> Moments:
+    return moments._replace(mu=moments.mu.reshape(-1))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 from gefen_jax._backend import by_the_compiler
-from gefen_jax._dither import Place, dither, positions
+from gefen_jax._dither import Place, dither
 from gefen_jax._release_part import Part
 from gefen_jax._shards import shards_of
 from gefen_jax._split import advance, merge
@@ -27,6 +27,7 @@ from gefen_jax._transform import (
     step_leaves,
 )
 from gefen_jax._types import FusedKind, Moments, Rates, Rounding, Step, Weight
+from gefen_jax._update_then_move import update_then_move
 
 
 @functools.partial(
@@ -46,8 +47,7 @@ def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, r
         move, step = _Move(rounding, phase), Step(**arrays, **static, place=place)
         if isinstance(kind, FusedKind):
             return kind.fused(weight, g, moments, step, move)
-        direction, new = kind.update(g, moments, step)
-        return move(weight, direction, positions(g.shape, step.place), step), new
+        return update_then_move(kind, weight, g, moments, step, move)
 
     def whole(leaf: Any, shared: Any, place: Place | None) -> tuple[Weight, Moments]:
         weight, _, moments = leaf

@@ -1,15 +1,16 @@
 """Shared blocks: one byte of momentum per element, one scale and one nu per block."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gefen_jax._backend import in_best_form
+from gefen_jax._backend import in_best_form, kernel_of
 from gefen_jax._blocks import Shape, as_block, check_block, stats_shape
 from gefen_jax._step import advance, by_equal_runs, direction, read_moments, write_moments
-from gefen_jax._types import Codebooks, Moments, Step
+from gefen_jax._types import Codebooks, Moments, Move, Step
+from gefen_jax._update_then_move import update_then_move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +51,19 @@ class SharedBlocks:
 
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """One step; see `gefen_jax._step` for the equations."""
+        if (kernel := kernel_of(self.name, g, step.backend)) is not None:
+            return kernel.update(g, moments, self.block, step)
         new = in_best_form(advance, g, moments, self.block, step)
         update = direction(g, new, self.block, step)
         return update, new
+
+    def fused(
+        self, weight: Any, g: Array, moments: Moments, step: Step, move: Move
+    ) -> tuple[Any, Moments]:
+        """One step that takes the weight along."""
+        if (kernel := kernel_of(self.name, g, step.backend)) is not None:
+            return kernel.fused(weight, g, moments, self.block, step, move)
+        return update_then_move(self, weight, g, moments, step, move)
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
         """Entries of the codebook times their scales, and every block's nu for all of it."""

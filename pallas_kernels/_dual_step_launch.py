@@ -1,58 +1,20 @@
 """The launch of a dual code's step: checks, small tables, one kernel."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, UInt32
 
-from pallas_kernels import _jax_triton_launch, _triton
-from pallas_kernels._dual_step import LEVELS, SCALARS, Call, Form
+from pallas_kernels._dual_step import LEVELS, dual_step_body
 from pallas_kernels._dual_step_config import (
     MAX_PERIOD,
     DualLayout,
     DualStepConfig,
     dual_step_config,
 )
-from pallas_kernels._one_after_another import OLDEST_JAX
-from pallas_kernels._split_weight import BITS, DTYPES
+from pallas_kernels._launch import SplitWeight, StepScalars, Weights, check, launched, scalars_of
 
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
-_DTYPES = {
-    "codes": (jnp.uint8,),
-    "scale": (jnp.float32,),
-    "exponent": (jnp.uint8,),
-    "correction": (jnp.int8, jnp.int16),
-}
-# Pallas' Triton dialect takes offsets of 32 bits, signed, for arrays of up to 2^32 bytes.
-_MAX_SIZE = 2**31 - 1
-
-
-class DualScalars(NamedTuple):
-    """The scalars of one step; t is the number of this step, from 1."""
-
-    b1: Any  # numbers or traced scalars
-    b2: Any
-    one_minus_b1: Any
-    one_minus_b2: Any
-    eps: Any
-    eps_root: Any
-    correction1: Any  # 1 - b1^t
-    next_correction1: Any  # 1 - b1^(t + 1), for nesterov
-    correction2: Any  # 1 - b2^t
-
-
-class SplitWeight(NamedTuple):
-    """What a narrow parameter has beside it, if it stands for a number of more bits."""
-
-    correction: Array | None  # int8 for 24 bits, int16 for 32, None for 16
-    phase: Array | None  # two words, uint32, for its dither; None to round to the nearest
-
-    @property
-    def bits(self) -> int:
-        """Of weight and correction."""
-        return BITS[None if self.correction is None else self.correction.dtype]
+_DTYPES = {"codes": (jnp.uint8,), "scale": (jnp.float32,), "exponent": (jnp.uint8,)}
 
 
 class DualStepResult(NamedTuple):
@@ -72,67 +34,6 @@ def _tables(codebook: Float[Array, "16"]) -> Float[Array, "48"]:
     return jnp.concatenate([codebook, offset, offset[-1:], slope, slope[-1:]])
 
 
-def _scalars(
-    scalars: DualScalars, nesterov: bool, others: dict[str, Any]
-) -> Float[Array, "scalars"]:
-    """What the kernel's `SCALARS` names, in its order."""
-    s = DualScalars(*(jnp.asarray(x, jnp.float32) for x in scalars))
-    values = {name: getattr(s, name) for name in SCALARS if name in DualScalars._fields}
-    values["inverse_correction2"] = 1 / s.correction2
-    values["m_factor"] = s.b1 / s.next_correction1 if nesterov else 1 / s.correction1
-    values["g_factor"] = s.one_minus_b1 / s.correction1 if nesterov else 0
-    values |= others
-    return jnp.stack([jnp.asarray(values[name], jnp.float32) for name in SCALARS])
-
-
-def _check(leaves: dict[str, Array], stats: dict[str, Array], layout: DualLayout) -> None:
-    """Raises unless the arrays have the layout's shapes and the right dtypes."""
-    for name, x in (leaves | stats).items():
-        dtypes = _DTYPES.get(name, _FLOATS)
-        if x.dtype not in dtypes:
-            names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
-            raise TypeError(f"`{name}` must be {names}, got {x.dtype}")
-    for group, size in ((leaves, layout.size), (stats, layout.blocks * layout.inner)):
-        shapes = {name: x.shape for name, x in group.items()}
-        if len(set(shapes.values())) > 1 or any(x.size != size for x in group.values()):
-            raise ValueError(
-                f"{', '.join(f'`{name}`' for name in group)} must have one shape of {size}"
-                f" elements, as {layout} has, got {shapes}"
-            )
-    if layout.period > MAX_PERIOD or layout.size > _MAX_SIZE:
-        raise NotImplementedError(
-            f"this kernel takes blocks of at most {MAX_PERIOD} elements and leaves of at most"
-            f" {_MAX_SIZE}, got {layout}: use the XLA backend for this leaf"
-        )
-
-
-def _check_split(param: Array | None) -> None:
-    """Raises unless the parameter can be a split weight here."""
-    if param is None:
-        raise ValueError("`split` needs `param`, the weight that it belongs to")
-    if param.dtype not in DTYPES:
-        names = " or ".join(jnp.dtype(dtype).name for dtype in DTYPES)
-        raise TypeError(f"`param` of `split` must be {names}, got {param.dtype}")
-
-
-def _mosaic_launch(call: Call) -> Sequence[Array]:
-    if jax.__version_info__ < OLDEST_JAX:
-        raise NotImplementedError(
-            f"`backend` 'mosaic' needs jax 0.11.2 or newer, found {jax.__version__}: use another"
-        )
-    from pallas_kernels import _mosaic  # here, as it takes time
-
-    return _mosaic.launch(call)
-
-
-# By the name of a backend.
-LAUNCHES = {
-    "triton": _triton.launch,
-    "mosaic": _mosaic_launch,
-    "jax_triton": _jax_triton_launch.launch,
-}
-
-
 def dual_step(
     # Their dtypes are checked below, by name.
     g: Num[Array, "*shape"],
@@ -141,7 +42,7 @@ def dual_step(
     exponent: Num[Array, "*stats"],
     *,
     layout: DualLayout,
-    scalars: DualScalars,
+    scalars: StepScalars,
     codebook: Float[Array, "16"],
     phase: UInt32[Array, "two"],
     offset: Any = 0,
@@ -202,33 +103,38 @@ def dual_step(
       NotImplementedError: for blocks or leaves too large for this kernel, and where the backend is
         not installed, or cannot be interpreted.
     """
-    correction, weight_phase = (None, None) if split is None else split
-    leaves = {"g": g, "codes": codes, "param": param, "correction": correction}
-    leaves = {name: x for name, x in leaves.items() if x is not None}
-    _check(leaves, {"scale": scale, "exponent": exponent}, layout)
-    if split is not None:
-        _check_split(param)
-    bits = None if split is None else split.bits
-    form = Form(param is not None, nesterov, bits, weight_phase is not None)
-    config = dual_step_config(layout) if config is None else config
-    others = {
+    factors = {
         "gradient_factor": gradient_factor,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
     }
-
-    like = g if param is None else param
-    old = [like, codes, scale, exponent, *([] if correction is None else [correction])]
-    flat = [x.reshape(-1) for x in old]
-    words = [phase, jnp.asarray(offset, jnp.uint32)[None]]
-    inputs = [
-        _scalars(scalars, nesterov, others),
-        jnp.concatenate(words if weight_phase is None else [*words, weight_phase]),
-        _tables(codebook),
-        g.reshape(-1),
-    ]
-    # Never the gradient: whose it is, we do not know, and an alias would then cost a copy.
-    fresh = 0 if form.fused else 1
-    out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:fresh]]
-    new = LAUNCHES[backend](Call(layout, config, form, inputs, flat[fresh:], out, interpret))
-    return DualStepResult(*(x.reshape(y.shape) for x, y in zip(new, old, strict=True)))
+    weights = Weights(param, split)
+    leaves = {"g": g, "codes": codes, "param": param, "correction": weights.correction}
+    leaves = {name: x for name, x in leaves.items() if x is not None}
+    stats = {"scale": scale, "exponent": exponent}
+    groups = [(leaves, layout.size), (stats, layout.blocks * layout.inner)]
+    check(groups, _DTYPES, layout, weights)
+    if layout.period > MAX_PERIOD:
+        raise NotImplementedError(
+            f"this kernel takes blocks of at most {MAX_PERIOD} elements, got {layout}: use the XLA"
+            " backend for this leaf"
+        )
+    words = [phase, jnp.asarray(offset, jnp.uint32)[None], *weights.phase]
+    new = launched(
+        backend,
+        g,
+        [codes, scale, exponent],
+        weights,
+        body=dual_step_body,
+        layout=layout,
+        config=dual_step_config(layout) if config is None else config,
+        form=weights.form(nesterov),
+        inputs=[
+            scalars_of(scalars, nesterov, factors),
+            jnp.concatenate(words),
+            _tables(codebook),
+            g.reshape(-1),
+        ],
+        interpret=interpret,
+    )
+    return DualStepResult(*new)

@@ -1,7 +1,7 @@
 """The kernel of `pallas_kernels._dual_step` once more, in the Triton language, for `jax_triton`.
 
 JAX deprecates the Triton dialect of Pallas, and sends its users there. Names, order and numbers are
-those of that module and of `pallas_kernels._split_weight`, where the reasons are. Only `_lookup` is
+those of that module, where the reasons are. Only `_lookup` is
 not plain Triton: it is assembly, for the same reason as there.
 
 Importing this module imports Triton: `pallas_kernels._jax_triton_launch` does when it is called.
@@ -11,36 +11,31 @@ Importing this module imports Triton: `pallas_kernels._jax_triton_launch` does w
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
-import inspect
-from typing import Any
-
-import triton
 import triton.language as tl
 
 from pallas_kernels._dual_step import LEVELS
+from pallas_kernels._jax_triton_common import (
+    dither,
+    float_of,
+    inverse_of,
+    jit,
+    move,
+    position_of,
+    read_scalars,
+    root_of,
+)
 from pallas_kernels._triton import LANES, lookup_assembly
 
 _ENTRIES = tl.constexpr(LANES)
 _LAST = tl.constexpr(LEVELS - 1)
 _ASSEMBLY = tl.constexpr(lookup_assembly())
 _CONSTRAINTS = tl.constexpr("=f,r" + ",f" * LANES)
-_SIGN = tl.constexpr(-(1 << 31))
-_NAN = tl.constexpr(0x7FC00000)
-_NAN16 = tl.constexpr(0x7E000000)
-_INF16 = tl.constexpr(0x7C000000)
-_REBASE = tl.constexpr(112 << 23)
-_FIRST_BEYOND = tl.constexpr(143 << 23)
 _ONE = tl.constexpr(127 << 23)
 _INFINITE = tl.constexpr(255)  # the biased exponent of inf
 _TINY = tl.constexpr(2.0**-126)
 
 
-def _jit(function: Any) -> Any:
-    """``triton.jit`` of the function itself, whose source and globals Triton reads."""
-    return triton.jit(inspect.unwrap(function))  # a checker of types may have wrapped it
-
-
-@_jit
+@jit
 def _read(tables_ptr, table: tl.constexpr):
     """A table for `_lookup`."""
     entries = ()
@@ -49,7 +44,7 @@ def _read(tables_ptr, table: tl.constexpr):
     return entries
 
 
-@_jit
+@jit
 def _lookup(table, index):
     """Entries of a table at indices from 0 to 15: see `pallas_kernels._triton.lookup`."""
     return tl.inline_asm_elementwise(
@@ -57,36 +52,12 @@ def _lookup(table, index):
     )
 
 
-@_jit
-def _float(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@_jit
-def _position(start, index, faster: tl.constexpr, strides: tl.constexpr):
-    """Where elements lie in the whole leaf."""
-    position = start
-    for i in tl.static_range(len(faster)):
-        position = position + (index % faster[i]).to(tl.uint32) * strides[i]
-        index = index // faster[i]
-    return position + index.to(tl.uint32) * strides[len(faster)]
-
-
-@_jit
-def _dither(word0, word1, position):
-    """The two fractions of the elements at these positions, in units of 2^-32."""
-    word = position ^ word0
-    word = (word ^ (word >> 16)) * 0x7FEB352D
-    word = (word ^ (word >> 15)) * 0x846CA68B
-    return word + word1, (word ^ (word >> 16)) * 0x9C8F2D35 + word1
-
-
-@_jit
+@jit
 def _nu_level(exponent, code):
-    return _float(tl.maximum((exponent << 4) + code - 255, 0) << 19)
+    return float_of(tl.maximum((exponent << 4) + code - 255, 0) << 19)
 
 
-@_jit
+@jit
 def _round_nu(nu, fraction):
     """The blocks' exponents and the pairs' codes."""
     bits = nu.to(tl.uint32, bitcast=True)
@@ -96,7 +67,7 @@ def _round_nu(nu, fraction):
     return exponent, tl.minimum(tl.maximum(place - (exponent << 4) + 255, 0), 255)
 
 
-@_jit
+@jit
 def _round_to_level(codebook, offset, slope, x, fraction):
     """A code of each x in [-1, 1]; the fraction decides between two."""
     # Divisions of a GPU are approximations: a block's largest may come out beyond 1.
@@ -106,11 +77,11 @@ def _round_to_level(codebook, offset, slope, x, fraction):
         higher = gap | (8 >> i)
         gap = tl.where(x >= _lookup(codebook, higher), higher, gap)
     place = _lookup(offset, gap) + _lookup(slope, gap) * x
-    one_and_fraction = _float(((fraction >> 13) << 4) | _ONE)
+    one_and_fraction = float_of(((fraction >> 13) << 4) | _ONE)
     return ((place + (15 + one_and_fraction)).to(tl.int32, bitcast=True) >> 19) & _LAST
 
 
-@_jit
+@jit
 def _code(codebook, offset, slope, m1, m2, nu, nu_fraction, fraction1, fraction2):
     """The new state: codes of m and of nu, and per block the scale and the exponent."""
     exponent, h = _round_nu(nu, nu_fraction)
@@ -120,80 +91,14 @@ def _code(codebook, offset, slope, m1, m2, nu, nu_fraction, fraction1, fraction2
     bits1 = tl.abs(x1).to(tl.int32, bitcast=True)
     bits2 = tl.abs(x2).to(tl.int32, bitcast=True)
     largest = tl.max(tl.maximum(bits1, bits2), axis=1, keep_dims=True)
-    scale = _float(tl.minimum(largest, _INFINITE << 23))
+    scale = float_of(tl.minimum(largest, _INFINITE << 23))
     inverse = 1 / tl.maximum(scale, _TINY)
     k1 = _round_to_level(codebook, offset, slope, x1 * inverse, fraction1)
     k2 = _round_to_level(codebook, offset, slope, x2 * inverse, fraction2)
     return k1, k2, h, scale, exponent
 
 
-@_jit
-def _from_float32(theta, dtype: tl.constexpr):
-    """A number as an integer, of which the weight is the upper half."""
-    b = theta.to(tl.int32, bitcast=True)
-    if dtype == tl.bfloat16:
-        b = tl.where(theta != theta, _NAN, b)
-    else:
-        size = tl.abs(theta)
-        tiny = (size + 2.0**-17).to(tl.int32, bitcast=True) - (110 << 23)
-        small = (size * 2.0**40).to(tl.int32)
-        magnitude = (tl.minimum(b & ~_SIGN, _FIRST_BEYOND) - _REBASE) << 3
-        magnitude = tl.where(size < 2.0**-14, small, magnitude)
-        magnitude = tl.where(size < 2.0**-17, tiny, magnitude)
-        b = tl.where(theta != theta, _NAN16, magnitude) | (b & _SIGN)
-    return b
-
-
-@_jit
-def _to_float32(b, dtype: tl.constexpr):
-    """The inverse of `_from_float32`."""
-    if dtype == tl.float16:
-        magnitude = b & ~_SIGN
-        rebase = tl.where(magnitude >= _INF16, 2 * _REBASE, _REBASE)
-        fixed = (magnitude.to(tl.float32) * 2.0**-40).to(tl.int32, bitcast=True)
-        b = (b & _SIGN) | tl.where(magnitude < 1 << 26, fixed, (magnitude >> 3) + rebase)
-    return _float(b)
-
-
-@_jit
-def _load_param(param_ptr, correction_ptr, at, mask, bits: tl.constexpr):
-    """The parameter in float32, merged with its correction if it has one."""
-    param = tl.load(param_ptr + at, mask=mask, other=0)
-    if bits is None:
-        theta = param.to(tl.float32)
-    else:
-        merged = param.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        if bits > 16:
-            correction = tl.load(correction_ptr + at, mask=mask, other=0)
-            merged += correction.to(tl.int32) << (32 - bits)
-        theta = _to_float32(merged, param.dtype)
-    return theta
-
-
-@_jit
-def _store_param(param_ptr, correction_ptr, at, mask, out, fraction, bits: tl.constexpr):
-    """Writes the update or the parameter, split if it has so many bits."""
-    if bits is None:
-        tl.store(param_ptr + at, out.to(param_ptr.dtype.element_ty), mask=mask)
-    else:
-        dtype: tl.constexpr = param_ptr.dtype.element_ty
-        drop: tl.constexpr = 32 - bits
-        keep: tl.constexpr = bits - 16
-        t = _from_float32(out, dtype)
-        if drop > 0:
-            if fraction is None:
-                up = (1 << (drop - 1)) - 1 + ((t >> drop) & 1)
-            else:
-                up = (fraction >> (32 - drop)).to(tl.int32)
-            t = (t + up) >> drop
-        high = (t + ((1 << keep) >> 1)) >> keep
-        tl.store(param_ptr + at, high.to(tl.int16).to(dtype, bitcast=True), mask=mask)
-        if keep > 0:
-            low = (t - (high << keep)).to(correction_ptr.dtype.element_ty)
-            tl.store(correction_ptr + at, low, mask=mask)
-
-
-@_jit
+@jit
 def dual_step_kernel(
     scalars_ptr,
     phase_ptr,
@@ -202,7 +107,7 @@ def dual_step_kernel(
     param_ptr,  # what the update is written to, where there is no parameter
     codes_ptr,
     scale_ptr,
-    exponent_ptr,
+    nu_ptr,
     correction_ptr,
     layout: tl.constexpr,  # blocks, stretches, half, inner
     faster: tl.constexpr,  # of the axes that the leaf has in another one: see `DualLayout`
@@ -230,25 +135,26 @@ def dual_step_kernel(
     at2 = at1 + half * inner
 
     codebook, offset, slope = _read(tables_ptr, 0), _read(tables_ptr, 1), _read(tables_ptr, 2)
-    # In the order of `pallas_kernels._dual_step.SCALARS`.
-    gradient_factor = tl.load(scalars_ptr)
-    one_minus_b1 = tl.load(scalars_ptr + 1)
-    b2 = tl.load(scalars_ptr + 2)
-    one_minus_b2 = tl.load(scalars_ptr + 3)
-    eps = tl.load(scalars_ptr + 4)
-    eps_root = tl.load(scalars_ptr + 5)
-    inverse_correction2 = tl.load(scalars_ptr + 6)
-    m_factor = tl.load(scalars_ptr + 7)
-    g_factor = tl.load(scalars_ptr + 8)
-    learning_rate = tl.load(scalars_ptr + 9)
-    weight_decay = tl.load(scalars_ptr + 10)
+    (
+        gradient_factor,
+        one_minus_b1,
+        b2,
+        one_minus_b2,
+        eps,
+        eps_root,
+        inverse_correction2,
+        m_factor,
+        g_factor,
+        learning_rate,
+        weight_decay,
+    ) = read_scalars(scalars_ptr)
 
     g1 = tl.load(g_ptr + at1, mask=mask, other=0).to(tl.float32) * gradient_factor
     g2 = tl.load(g_ptr + at2, mask=mask, other=0).to(tl.float32) * gradient_factor
     old1 = tl.load(codes_ptr + at1, mask=mask, other=0).to(tl.int32)
     old2 = tl.load(codes_ptr + at2, mask=mask, other=0).to(tl.int32)
     scale = tl.load(scale_ptr + stats, mask=stats_mask, other=0)
-    exponent = tl.load(exponent_ptr + stats, mask=stats_mask, other=0).to(tl.int32)
+    exponent = tl.load(nu_ptr + stats, mask=stats_mask, other=0).to(tl.int32)
 
     nu = _nu_level(exponent, (old1 & 0xF0) | (old2 >> 4))
     if pairs != tile[1]:
@@ -263,35 +169,27 @@ def dual_step_kernel(
 
     start = tl.load(phase_ptr + 2)
     word0, word1 = tl.load(phase_ptr), tl.load(phase_ptr + 1)
-    position1 = _position(start, at1, faster, strides)
-    position2 = _position(start, at2, faster, strides)
-    nu_fraction, fraction1 = _dither(word0, word1, position1)
-    _, fraction2 = _dither(word0, word1, position2)
+    position1 = position_of(start, at1, faster, strides)
+    position2 = position_of(start, at2, faster, strides)
+    nu_fraction, fraction1 = dither(word0, word1, position1)
+    _, fraction2 = dither(word0, word1, position2)
     k1, k2, h, scale, exponent = _code(
         codebook, offset, slope, m1, m2, nu, nu_fraction, fraction1, fraction2
     )
     tl.store(codes_ptr + at1, ((h & 0xF0) | k1).to(tl.uint8), mask=mask)
     tl.store(codes_ptr + at2, (((h & 15) << 4) | k2).to(tl.uint8), mask=mask)
     tl.store(scale_ptr + stats, scale, mask=stats_mask)
-    tl.store(exponent_ptr + stats, exponent.to(tl.uint8), mask=stats_mask)
+    tl.store(nu_ptr + stats, exponent.to(tl.uint8), mask=stats_mask)
 
     nu = _nu_level(exponent, h)
-    root = tl.sqrt(nu * inverse_correction2 + eps_root) + eps
-    # An element that never saw a gradient stays where it is, with eps = 0 too.
-    inverse = 1 / tl.where(root == 0, float("inf"), root)
+    inverse = inverse_of(root_of(nu, inverse_correction2, eps_root, eps))
     # Before the product with a codebook's entry: of a nu that overflowed, inf * 0 is NaN.
     rate = scale * tl.sqrt(nu) * m_factor * inverse
+    words_ptr = phase_ptr + 3
     for i in tl.static_range(2):
         at, position, k, g = (at1, position1, k1, g1) if i == 0 else (at2, position2, k2, g2)
         out = _lookup(codebook, k) * rate
         if nesterov:
             out = out + g * g_factor * inverse
-        if fused:
-            theta = _load_param(param_ptr, correction_ptr, at, mask, bits)
-            change = learning_rate * (out + weight_decay * theta)
-            # Not theta - 0, which is no identity for -0, nor where subnormals are flushed.
-            out = tl.where(change == 0, theta, theta - change)
-        fraction = None
-        if stochastic:
-            fraction, _ = _dither(tl.load(phase_ptr + 3), tl.load(phase_ptr + 4), position)
-        _store_param(param_ptr, correction_ptr, at, mask, out, fraction, bits)
+        args = (at, position, mask, out, learning_rate, weight_decay)
+        move(param_ptr, correction_ptr, words_ptr, *args, fused, bits, stochastic)

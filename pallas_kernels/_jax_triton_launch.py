@@ -1,4 +1,4 @@
-"""The launch of a dual code's step by `jax_triton.triton_call`, where that package is installed."""
+"""The launch of a step by `jax_triton.triton_call`, where that package is installed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from pallas_kernels._dual_step import Call
-from pallas_kernels._dual_step_config import next_power_of_two
+from pallas_kernels._dual_step_config import DualLayout
 from pallas_kernels._one_after_another import OLDEST_JAX, one_after_another
+from pallas_kernels._step import Call
 
 _OLDEST = (0, 4, 1)  # whose references are written in place
-_WRITTEN = ("param_ptr", "codes_ptr", "scale_ptr", "exponent_ptr", "correction_ptr")
+_WRITTEN = ("param_ptr", "codes_ptr", "scale_ptr", "nu_ptr", "correction_ptr")
+_SHARED_INPUTS = 6  # of shared blocks, with the tables of a lookup
 _OPTIONS = {
     # Of CUDA 12.8, the first for every Blackwell. Left alone, Triton 3.9 names that of its own
     # assembler, 9.4; what jax takes instead, of CUDA 13.0 say, refuses it.
@@ -33,18 +34,18 @@ def is_available() -> bool:
 
 def launch(call: Call) -> Sequence[Array]:
     """What the call writes."""
-    layout, config, form, inputs, written, out, interpret = call
+    layout, config, form = call.layout, call.config, call.form
     if not is_available():
         raise NotImplementedError(
             "`backend` 'jax_triton' needs jax-triton 0.4.1 or newer, with Python 3.12 and jax"
             " 0.11.2 or newer: pip install 'gefen_jax[triton]', or use another backend"
         )
-    if interpret:
+    if call.interpret:
         raise NotImplementedError("`backend` 'jax_triton' has no `interpret`: use another backend")
     # Here, as it takes time, and is an extra.
     import jax_triton  # pyright: ignore[reportMissingImports]
 
-    from pallas_kernels._jax_triton import dual_step_kernel
+    kernel, static = _kernel_of(call)
 
     # Besides, it keeps the elimination of dead code away from the call: jax-triton's rule for that,
     # of 0.4.1, does not take the arguments of jax 0.12.
@@ -57,22 +58,45 @@ def launch(call: Call) -> Sequence[Array]:
         new = jax_triton.triton_call(
             *inputs,
             **pointers,
-            layout=(layout.blocks, layout.stretches, layout.half, layout.inner),
+            **static,
             faster=layout.faster,
             strides=layout.strides,
-            tile=(config.rows, next_power_of_two(layout.pairs), config.columns),
+            tile=config.tile(layout),
             fused=form.fused,
             nesterov=form.nesterov,
             bits=form.bits,
             stochastic=form.stochastic,
-            kernel=dual_step_kernel,
-            out_type=out,
+            kernel=kernel,
+            out_type=call.out,
             grid=config.programs(layout),
             num_warps=config.num_warps,
             num_stages=1,  # there is no loop to pipeline
             backend_options=_OPTIONS | {"maxnreg": _REGISTERS if config.num_warps > 8 else None},
-            name=form.name,
+            name=call.name,
         )
         return [*new, *map(jax.freeze, refs)]
 
-    return run(inputs, written)
+    return run(call.inputs, call.written)
+
+
+def _kernel_of(call: Call) -> tuple[Any, dict[str, Any]]:
+    """The kernel that does what the call's body does, and of its arguments those of its own.
+
+    Imports Triton.
+    """
+    layout = call.layout
+    if isinstance(layout, DualLayout):
+        from pallas_kernels._jax_triton import dual_step_kernel
+
+        sizes = layout.blocks, layout.stretches, layout.half, layout.inner
+        return dual_step_kernel, {"layout": sizes}
+    from pallas_kernels._jax_triton_shared import shared_step_kernel
+
+    static: dict[str, Any] = {
+        "layout": (layout.blocks, layout.period, layout.inner),
+        "nu_per_element": layout.nu_per_element,
+        "bins": 0,
+    }
+    if len(call.inputs) == _SHARED_INPUTS:
+        return shared_step_kernel, static | {"bins": call.inputs[-1].size}
+    return shared_step_kernel, static | dict.fromkeys(("count_below_ptr", "next_threshold_ptr"))

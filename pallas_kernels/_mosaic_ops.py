@@ -1,16 +1,17 @@
-"""Four operations that Mosaic GPU lacks, each beside plain jnp that stands for it when interpreted.
+"""Operations that Mosaic GPU lacks, each beside plain jnp that stands for it when interpreted.
 
 A program has T threads: warpgroups of 128, each of which runs the kernel on vectors of its own. Of
 all that the program works on, thread i holds elements i, i + T, i + 2 T and so on, so that
 neighbouring threads read neighbours in memory. Mosaic has no loads and stores at computed
-addresses, no lookups, and no maxima of parts of such a vector: here they are written for its
-compiler.
+addresses, no lookups, and no maxima or sums of parts of such a vector: here they are written for
+its compiler.
 
 With `interpret`, True for Pallas' interpreter or the parameters of Mosaic's, there is no GPU.
 """
 
-from itertools import combinations
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +24,36 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, memref, scf, vector
 from jaxtyping import Array, Float, Int
 
 WARPGROUP = 128
-MAXIMA = 2  # how often `largest` may be called in a kernel
+REDUCTIONS = 2  # how often `largest` and `total` may be called in a kernel
 _WARP = 32
 _PROGRAM, _WARPGROUPS = "program", "warpgroup"
 _inline: Any = plgpu.inline_mgpu  # its type knows nothing of the context, the first argument
 
 
+class Blocks(NamedTuple):
+    """How what shares a number lies in a program's elements, ``[rows, items, columns]``.
+
+    All are powers of two.
+    """
+
+    items: int
+    columns: int
+    warpgroups: int
+
+
+def scratch_size(size: int, columns: int) -> int:
+    """Words that `largest` and `total` need, of so many elements: see `_over_warps`."""
+    return size // _WARP * min(columns, _WARP)
+
+
 def kernel(
-    body: Any, out: Any, size: int, warpgroups: int, programs: int, name: str, interpret: Any
+    body: Any, out: Any, scratch: int, warpgroups: int, programs: int, name: str, interpret: Any
 ) -> Any:
-    """A kernel whose programs work on so many elements, with so many warpgroups."""
+    """A kernel of so many warpgroups, with so many words of memory for every reduction."""
     return plgpu.kernel(
         body,
         out_type=out,
-        scratch_types=[plgpu.SMEM((size,), jnp.int32)] * MAXIMA,
+        scratch_types=[plgpu.SMEM((scratch,), jnp.int32)] * REDUCTIONS,
         grid=(programs,),
         grid_names=(_PROGRAM,),
         num_threads=warpgroups,
@@ -103,7 +120,8 @@ def gather(ref: Any, at: Int[Array, "n"], interpret: Any) -> Array:
     def run(_: Any, ref: Any, at: Any) -> Any:
         return _array([memref.load(ref, [_index(i)]) for i in _elements(at)], at, signed)
 
-    return run(ref, at)
+    # An array of one number, repeated, would be held otherwise.
+    return run(ref, plgpu.layout_cast(at, _vector(n)))
 
 
 def scatter(ref: Any, at: Int[Array, "n"], value: Array, mask: Array, interpret: Any) -> None:
@@ -141,59 +159,109 @@ def lookup(table: Float[Array, "128"], index: Int[Array, "n"], interpret: Any) -
         ]
         return _array(found, index, None)
 
-    # An array of one number, repeated, would be held otherwise.
     return run(table, plgpu.layout_cast(index, _vector(n)))
 
 
-def largest(
-    x: Int[Array, "n"], scratch: Any, pairs: int, columns: int, warpgroups: int, interpret: Any
-) -> Int[Array, "n"]:
-    """For every element of ``[rows, pairs, columns]``, all powers of two, the largest of its pairs.
+def largest(x: Int[Array, "n"], scratch: Any, blocks: Blocks, interpret: Any) -> Int[Array, "n"]:
+    """For every element the largest of its block. The scratch is for this call alone."""
+    if interpret:
+        return _spread(x, blocks, jnp.max)
+    kind = mgpu.utils.ReductionKind.MAX
+
+    def of_warp(value: Any) -> Any:
+        return mgpu.utils.redux(value, _i32(-1), kind)
+
+    return _reduced(x, scratch, blocks, arith.maxsi, of_warp)
+
+
+def total(x: Float[Array, "n"], scratch: Any, blocks: Blocks, interpret: Any) -> Float[Array, "n"]:
+    """For every element the sum of its block. The scratch is for this call alone."""
+    if interpret:
+        return _spread(x, blocks, jnp.sum)
+    return _reduced(x, scratch, blocks, arith.addf, None)
+
+
+def _spread(x: Array, blocks: Blocks, reduce: Callable[..., Array]) -> Array:
+    whole = x.reshape(-1, blocks.items, blocks.columns)
+    reduced = reduce(whole, axis=1, keepdims=True)
+    return jnp.broadcast_to(reduced, whole.shape).reshape(x.shape)
+
+
+def _subsets(bits: list[int]) -> list[int]:
+    """All sums of some of these bits, in ascending order."""
+    return functools.reduce(lambda sums, bit: sums + [bit | x for x in sums], sorted(bits), [0])
+
+
+def _reduced(
+    x: Array,
+    scratch: Any,
+    blocks: Blocks,
+    combine: Callable[[Any, Any], Any],
+    of_warp: Callable[[Any], Any] | None,
+) -> Array:
+    """For every element what its block's are combined to, all of them in the same order.
 
     The bits of an element's number are, from the lowest, those of its lane, of its warp and of its
-    register. So pairs are exchanged between lanes, through memory, and within a thread. The
-    scratch has all elements of a program, and is for this call alone.
+    register. So elements are combined within a thread, exchanged between lanes, which give the same
+    whichever of two comes first, and through memory. ``of_warp`` does it for all of a warp at once.
     """
-    (n,) = x.shape
-    if interpret:
-        blocks = x.reshape(n // (pairs * columns), pairs, columns)
-        return jnp.broadcast_to(blocks.max(1, keepdims=True), blocks.shape).reshape(n)
-    threads = WARPGROUP * warpgroups
-    bits = [1 << i for i in range(32) if columns <= 1 << i < pairs * columns]
+    (n,), threads = x.shape, WARPGROUP * blocks.warpgroups
+    ends = blocks.columns, blocks.items * blocks.columns
+    bits = [1 << i for i in range(32) if ends[0] <= 1 << i < ends[1]]
     lanes = [bit for bit in bits if bit < _WARP]
-    warps = [bit for bit in bits if _WARP <= bit < threads]
-    registers = [bit // threads for bit in bits if bit >= threads]
+    warps = [bit // _WARP for bit in bits if _WARP <= bit < threads]
+    registers = _subsets([bit // threads for bit in bits if bit >= threads])
 
     @_inline(arg_types=(_vector(n), plgpu.RefType()), return_type=_result(n, x.dtype))
     def run(_: Any, x: Any, scratch: Any) -> Any:
-        values = _elements(x)
-        for bit in registers:
-            values = [arith.maxsi(value, values[i ^ bit]) for i, value in enumerate(values)]
-        if len(lanes) == _WARP.bit_length() - 1:  # the whole warp
-            kind = mgpu.utils.ReductionKind.MAX
-            values = [mgpu.utils.redux(value, _i32(-1), kind) for value in values]
-        else:
+        own = _elements(x)
+        # Of registers of one block the first stands for all: what follows is computed once.
+        firsts = [i & ~registers[-1] for i in range(len(own))]
+        values = {
+            i: functools.reduce(combine, [own[i | other] for other in registers])
+            for i in sorted(set(firsts))
+        }
+        for i, value in values.items():
+            if of_warp is not None and len(lanes) == _WARP.bit_length() - 1:
+                values[i] = of_warp(value)
+                continue
             for bit in lanes:
-                values = [arith.maxsi(x, mgpu.utils.shfl_bfly(x, bit)) for x in values]
+                value = combine(value, mgpu.utils.shfl_bfly(value, bit))
+            values[i] = value
         if warps:
-            values = _over_warps(values, scratch, warps, threads)
-        return _array(values, x, True)
+            values = _over_warps(values, scratch, _subsets(warps), blocks, combine)
+        return _array([values[i] for i in firsts], x, x.is_signed)
 
     return run(x, scratch)
 
 
-def _over_warps(values: list[Any], scratch: Any, bits: list[int], threads: int) -> list[Any]:
-    """The largest of the elements whose numbers differ in these bits."""
-    i32 = ir.IntegerType.get_signless(32)
+def _over_warps(
+    values: dict[int, Any],
+    scratch: Any,
+    warps: list[int],
+    blocks: Blocks,
+    combine: Callable[[Any, Any], Any],
+) -> dict[int, Any]:
+    """The values of warps whose numbers differ in the bits of these numbers, combined in order.
+
+    In memory every warp has a word for each of its columns, in which its lanes agree.
+    """
+    i32, lanes = ir.IntegerType.get_signless(32), min(blocks.columns, _WARP)
     thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
-    for register, value in enumerate(values):
-        memref.store(value, scratch, [_index(arith.addi(thread, _i32(register * threads)))])
+    warp, lane = arith.shrui(thread, _i32(5)), arith.andi(thread, _i32(lanes - 1))
+    first_warp = arith.andi(warp, _i32(~warps[-1]))
+
+    def place(number: int, warp: Any) -> list[Any]:
+        in_turn = arith.addi(arith.muli(warp, _i32(lanes)), lane)
+        words = number * blocks.warpgroups * (WARPGROUP // _WARP) * lanes
+        return [_index(arith.addi(in_turn, _i32(words)))]
+
+    for number, value in enumerate(values.values()):
+        memref.store(arith.bitcast(i32, value), scratch, place(number, warp))
     gpu.barrier()
-    others = [sum(chosen) for k in range(len(bits)) for chosen in combinations(bits, k + 1)]
-    new = []
-    for register, largest_yet in enumerate(values):
-        for other in others:
-            at = arith.addi(arith.xori(thread, _i32(other)), _i32(register * threads))
-            largest_yet = arith.maxsi(largest_yet, memref.load(scratch, [_index(at)]))
-        new.append(largest_yet)
-    return new
+    combined = {}
+    for number, (register, value) in enumerate(values.items()):
+        places = [place(number, arith.ori(first_warp, _i32(other))) for other in warps]
+        read = [arith.bitcast(value.type, memref.load(scratch, at)) for at in places]
+        combined[register] = functools.reduce(combine, read)
+    return combined

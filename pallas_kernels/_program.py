@@ -9,16 +9,19 @@ from jaxtyping import Array, Bool, Float, Int
 class Program(Protocol):
     """What a program of a kernel works on, and what it needs beyond `jax.numpy`.
 
-    It takes whole blocks, with all their pairs. The indices are those of its pairs, and of their
-    blocks, in shapes that broadcast. Refs have one axis.
+    It takes whole blocks, whose items are elements, or pairs of them: all at once, or so many in
+    every turn of a loop. The indices are those of its items in the first turn, and of their blocks,
+    in shapes that broadcast. Refs have one axis.
     """
 
     row: Int[Array, "..."]
-    pair: Int[Array, "..."]
+    item: Int[Array, "..."]
     column: Int[Array, "..."]
     block_row: Int[Array, "..."]
     block_column: Int[Array, "..."]
-    padded: bool  # whether there are more pairs than a block has
+    items: int  # of a block, in a turn
+    turns: int
+    padded: bool  # whether the last turn has more of them than are left of a block
 
     def load(self, ref: Any, at: Int[Array, "..."], mask: Bool[Array, "..."]) -> Array:
         """The elements at these indices; where the mask is False, 0, and any integer."""
@@ -29,15 +32,23 @@ class Program(Protocol):
         ...
 
     def load_of_blocks(self, ref: Any, at: Any, mask: Bool[Array, "..."]) -> Array:
-        """Likewise what all pairs of a block share, so that it broadcasts against them."""
+        """Likewise what all items of a block share, so that it broadcasts against them."""
         ...
 
     def store_of_blocks(self, ref: Any, at: Any, value: Array, mask: Bool[Array, "..."]) -> None:
-        """Likewise what all pairs of a block agree on."""
+        """Likewise what all items of a block agree on."""
         ...
 
     def largest(self, x: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Of every block the largest element."""
+        """Of every block the largest item."""
+        ...
+
+    def total(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Of every block the sum of its items, in an order that is always the same."""
+        ...
+
+    def gather(self, ref: Any, at: Int[Array, "..."]) -> Array:
+        """Entries of a table in memory, at any indices that it has."""
         ...
 
     def table(self, ref: Any, number: int) -> Any:
@@ -45,5 +56,5 @@ class Program(Protocol):
         ...
 
     def lookup(self, table: Any, index: Int[Array, "..."]) -> Float[Array, "..."]:
-        """Entries of a table."""
+        """Entries of a table of 16."""
         ...

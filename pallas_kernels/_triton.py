@@ -1,4 +1,4 @@
-"""The dual code's step in Pallas' Triton dialect, and all that is taken from there.
+"""Programs and launches in Pallas' Triton dialect, and all that is taken from there.
 
 The dialect is deprecated since jax 0.11 and will be removed: where it is missing, this package
 still imports, and a launch raises.
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_kernels._dual_step import Call, dual_step_body
-from pallas_kernels._dual_step_config import DualLayout, DualStepConfig, next_power_of_two
 from pallas_kernels._in_place import call_in_place
+from pallas_kernels._layout import Layout, StepConfig
+from pallas_kernels._step import Call
 
 try:
     from jax.experimental.pallas import triton
@@ -67,21 +67,27 @@ def lookup_assembly() -> str:
 
 
 class TritonProgram:
-    """A `pallas_kernels._program.Program` of ``[rows, pairs, columns]``, all powers of two."""
+    """A `pallas_kernels._program.Program` of ``[rows, items, columns]``, all powers of two."""
 
-    def __init__(self, layout: DualLayout, config: DualStepConfig, interpret: bool):
+    def __init__(self, layout: Layout, config: StepConfig, interpret: bool):
         # One axis of programs, whose number no limit of the hardware's other axes touches;
         # neighbours in memory are neighbours in time.
         program, across = pl.program_id(0), jnp.int32(pl.cdiv(layout.inner, config.columns))
         first_row = jax.lax.div(program, across) * config.rows
         first_column = jax.lax.rem(program, across) * config.columns
-        shape = (config.rows, next_power_of_two(layout.pairs), config.columns)
+        shape = config.tile(layout)
         blocks = shape[::2]
-        self.row, self.pair = first_row + _iota(shape, 0), _iota(shape, 1)
-        self.column = first_column + _iota(shape, 2)
+        # Triton lays loads at computed addresses out one element per thread, and others by what it
+        # knows of their addresses: up to 16 bytes. Between the two, arrays go through shared memory
+        # and its barriers. So where there are tables, it is told nothing: this 0 is not known.
+        unknown = (program >> 31) if config.gathers else jnp.int32(0)
+        self.row, self.item = first_row + _iota(shape, 0), _iota(shape, 1) ^ unknown
+        self.column = first_column + (_iota(shape, 2) ^ unknown)
         self.block_row = first_row + _iota(blocks, 0)
         self.block_column = first_column + _iota(blocks, 1)
-        self.padded = layout.pairs != shape[1]
+        self.items = shape[1]
+        self.turns = -(-layout.items // self.items)
+        self.padded = layout.items % self.items != 0
         self._interpret = interpret
 
     def load(self, ref: Any, at: Array, mask: Array) -> Array:
@@ -98,6 +104,12 @@ class TritonProgram:
 
     def largest(self, x: Array) -> Array:
         return jnp.max(x, axis=1)[:, None, :]
+
+    def total(self, x: Array) -> Array:
+        return jnp.sum(x, axis=1)[:, None, :]
+
+    def gather(self, ref: Any, at: Array) -> Array:
+        return triton.load(ref.at[at])
 
     def table(self, ref: Any, number: int) -> Any:
         at = range(number * LANES, (number + 1) * LANES)
@@ -123,21 +135,21 @@ class TritonProgram:
 
 def launch(call: Call) -> Sequence[Array]:
     """What the call writes."""
-    layout, config, form, inputs, written, out, interpret = call
+    layout, config = call.layout, call.config
 
     def kernel(inputs: Any, old: Any, new: Any) -> None:
-        program = TritonProgram(layout, config, interpret)
-        dual_step_body(inputs, old, new, program, layout, form)
+        program = TritonProgram(layout, config, call.interpret)
+        call.body(inputs, old, new, program, layout, call.form)
 
     return call_in_place(
         kernel,
-        inputs,
-        written,
-        out,
+        call.inputs,
+        call.written,
+        call.out,
         config.programs(layout),
         compiler_params=compiler_params(config.num_warps),
-        interpret=interpret,
-        name=form.name,
+        interpret=call.interpret,
+        name=call.name,
     )
 
 

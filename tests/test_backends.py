@@ -1,8 +1,9 @@
 """Every backend by name: what `backend="triton"` or "mosaic" gives is what the plain step gives.
 
 Here kernels run in Pallas' interpreter. The kernel and the plain step are two programs: a float
-differs by a few roundings, and a code where its fraction lies within rounding of the point at which
-it would decide otherwise (tests/test_kernels.py derives how often: about one in 30,000).
+differs by a few roundings, and a code of 4 bits where its fraction lies within rounding of the
+point at which it would decide otherwise (tests/test_kernels.py derives how often: about one in
+30,000), one of 8 bits beside a border (tests/test_shared_kernels.py).
 """
 
 import functools
@@ -46,15 +47,16 @@ _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_le
 _U = 2.0**-24
 _RATE = 1e-2
 
-# Leaves that the kernel takes, along a row and along columns; and some that it leaves to the plain
-# step.
+# Leaves that kernels take, along a row and along columns; and one that is left to the plain step.
 _KINDS: dict[str, tuple[tuple[int, ...], Any]] = {
     "rows": ((6, 64), gx.DualCode((1, 64))),
     "columns": ((32, 5), gx.DualCode((32, 1))),
-    "wide": ((2, 8), gx.WideDualCode((1, 8))),
-    "shared": ((2, 8), gx.SharedBlocks((1, 8))),
+    "shared": ((6, 40), gx.SharedBlocks((1, 40))),
+    "a shorter last run": ((7, 5), gx.SharedBlocks((4, 1))),  # two leaves for a kernel
+    "flat": ((6, 10), gx.FlatPeriods(1, 15)),
     "bias": ((7,), gx.Exact()),
 }
+_LAUNCHES = 6  # of them
 _PLAN = gx.Plan(
     tuple(gx.LeafPlan(name, shape, kind, "test") for name, (shape, kind) in _KINDS.items()),
     builtin_codebook(),
@@ -74,7 +76,10 @@ _GRADS = [_tree(i) for i in range(1, 4)]
 
 
 def _assert_same_state(ours: Any, theirs: Any) -> None:
-    """Codes bit for bit, as these seeds have no flip; scales to the roundings of a maximum."""
+    """Codes bit for bit, as these seeds have no flip; scales to the roundings of a maximum.
+
+    So are means of squares, of up to 40.
+    """
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         a, b = np.asarray(a), np.asarray(b)
@@ -163,9 +168,10 @@ def _model() -> Any:
     return params, jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
 
 
+@pytest.mark.parametrize("kind", ["dual_code", "shared_blocks"])
 @with_every_kernel
-def test_a_training_run(kernel):
-    """The loss curves of 20 steps; leaves of 8,192 elements are large: one dual code, two exact.
+def test_a_training_run(kernel, kind):
+    """The loss curves of 20 steps; leaves of 8,192 elements are large: one in codes, two exact.
 
     A flip of a code moves an element by a gap of the codebook, 0.27 of the block's largest, of one
     step, so the loss by less than a hundredth of what a step does.
@@ -173,7 +179,7 @@ def test_a_training_run(kernel):
     params, batch = _model()
     curves = []
     for backend in ("xla", kernel):
-        tx = gx.gefen(_RATE, backend=backend)
+        tx = gx.gefen(_RATE, backend=backend, plan=gx.plan_by_shape(params, kind=kind))
 
         @_jit
         def train(params, tx=tx):
@@ -190,13 +196,15 @@ def test_a_training_run(kernel):
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [gx.DualCode((1, 1, 64)), gx.SharedBlocks((1, 16, 64))])
 @with_a_kernel
-def test_layers_of_stacked_leaves(kernel):
+def test_layers_of_stacked_leaves(kernel, kind):
     """A layer gets the fractions of its place in the whole leaf, from the kernel too."""
     params, batch = _model()
+    plan = gx.plan_by_shape(params).with_kind("layers/w", kind)
     results = []
     for backend in ("xla", kernel):
-        fused = gx.fused_gefen(_RATE, backend=backend)
+        fused = gx.fused_gefen(_RATE, backend=backend, plan=plan)
         step = _jit(gx.release(fused, _embed, _layer, _head))
         results.append(step(params, fused.init(params), batch))
     (expected, after, _), (new, state, _) = results
@@ -209,7 +217,7 @@ def test_layers_of_stacked_leaves(kernel):
 @with_a_kernel
 def test_an_ensemble_by_vmap(kernel):
     tx = gx.scale_by_gefen(plan=_PLAN, backend=kernel)
-    rows = [{"rows": grads["rows"]} for grads in _GRADS[:2]]
+    rows = [{name: grads[name] for name in ("rows", "shared")} for grads in _GRADS[:2]]
     both = jax.tree.map(lambda *x: jnp.stack(x), *rows)
     states = jax.vmap(tx.init)(both)
     updates, states = _jit(jax.vmap(tx.update))(both, states)
@@ -243,13 +251,54 @@ _CUSTOM_CALLS = {"triton": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu_v2"}
 def test_cuda_gets_one_kernel_per_leaf(kernel, dtype):
     """And `backend=None` none, as nothing was measured."""
     grads = optax.tree.cast(_GRADS[0], dtype)
-    for backend, kernels in ((kernel, 2), (None, 0)):
+    for backend, kernels in ((kernel, _LAUNCHES), (None, 0)):
         tx = gx.scale_by_gefen(plan=_PLAN, backend=backend)
         state = jax.eval_shape(tx.init, _PARAMS)
         with jax.sharding.use_abstract_mesh(_H200):
             traced = jax.jit(tx.update).trace(jax.eval_shape(lambda: grads), state)
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count(f"custom_call @{_CUSTOM_CALLS[kernel]}") == kernels
+
+
+@pytest.mark.parametrize("split", [False, True])
+@with_every_kernel
+def test_the_fused_step_copies_nothing(kernel, split):
+    """Of shared blocks: lowered, what a kernel writes is what was donated to it."""
+    params = {"w": jnp.zeros((64, 96), jnp.bfloat16 if split else jnp.float32)}
+    plan = gx.plan_by_shape(params).with_kind("w", gx.SharedBlocks((1, 96)))
+    fused = gx.fused_gefen(_RATE, plan=plan, backend=kernel)
+    fused = gx.with_split_weights(fused) if split else fused
+    state = jax.eval_shape(fused.init, params)
+
+    def step(params, state, grads):
+        return fused.step(grads, state, params)
+
+    with jax.sharding.use_abstract_mesh(_H200):
+        traced = jax.jit(step, donate_argnums=(0, 1)).trace(params, state, params)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # The parameter, and its correction; codes, scales and nu.
+    assert text.count("#stablehlo.output_operand_alias<") == (5 if split else 4)
+    assert text.count(f"custom_call @{_CUSTOM_CALLS[kernel]}") == 1
+
+
+@pytest.mark.parametrize("backend", ["triton", "mosaic", "jax_triton"])
+def test_kinds_without_a_kernel_are_refused(backend):
+    """By name, and not left to the plain step."""
+    params = {"w": jnp.ones((2, 8))}
+    plan = gx.plan_by_shape(params).with_kind("w", gx.WideDualCode((1, 8)))
+    tx, fused = (make(_RATE, plan=plan, backend=backend) for make in (gx.gefen, gx.fused_gefen))
+    for step in (tx.update, fused.step):
+        with pytest.raises(NotImplementedError, match="no kernel for a leaf of kind 'wide_dual"):
+            jax.eval_shape(step, params, tx.init(params), params)
+
+
+def test_shared_blocks_too_large_for_a_kernel_are_refused():
+    """By their layout."""
+    params = {"w": jax.ShapeDtypeStruct((2**21, 1024), jnp.float32)}
+    plan = gx.plan_by_shape(params).with_kind("w", gx.SharedBlocks((1, 1024)))
+    tx = gx.scale_by_gefen(plan=plan, backend="triton")
+    with pytest.raises(NotImplementedError, match="SharedLayout.blocks=2097152, .*: use the XLA"):
+        jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params))
 
 
 @with_a_kernel
@@ -286,13 +335,14 @@ def test_other_devices_are_refused(kernel):
         traced.lower(lowering_platforms=("tpu",))
 
 
+_DUAL, _SHARED = gx.DualCode((1, 256)), gx.SharedBlocks((1, 128))
 _LAYOUTS = {"columns": P(None, "y"), "both": P("y", "x"), "an axis of both": P(("x", "y"))}
 _WHOLE = {"w": jax.random.normal(jax.random.key(0), (16, 1024))}
 
 
-def _kernel_step(params: Any, split: bool, kernel: str) -> Any:
-    """The step of a leaf, of dual codes, and what it starts with."""
-    plan = gx.plan_by_shape(params)
+def _kernel_step(params: Any, split: bool, kernel: str, kind: Any) -> Any:
+    """The step of a leaf, and what it starts with."""
+    plan = gx.plan_by_shape(params).with_kind("w", kind)
     if not split:
         tx = gx.scale_by_gefen(plan=plan, backend=kernel)
         return _jit(tx.update), (params, tx.init(params))
@@ -302,30 +352,32 @@ def _kernel_step(params: Any, split: bool, kernel: str) -> Any:
 
 
 @functools.cache
-def _on_one_device(split: bool, kernel: str) -> Any:
-    step, args = _kernel_step(_WHOLE, split, kernel)
+def _on_one_device(split: bool, kernel: str, kind: Any) -> Any:
+    step, args = _kernel_step(_WHOLE, split, kernel, kind)
     return step(*args)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "layout", "types", "split"),
+    ("kernel", "layout", "types", "split", "kind"),
     [
         pytest.param(*kernel.values, *case, marks=kernel.marks)
         for kernel, case in [
-            (_WITH_TRITON, ("columns", AxisType.Auto, False)),
-            (_WITH_TRITON, ("both", AxisType.Explicit, False)),
-            (_WITH_TRITON, ("an axis of both", AxisType.Explicit, False)),
-            (_WITH_TRITON, ("both", AxisType.Auto, True)),
-            (_WITH_MOSAIC, ("both", AxisType.Explicit, False)),
+            (_WITH_TRITON, ("columns", AxisType.Auto, False, _DUAL)),
+            (_WITH_TRITON, ("both", AxisType.Explicit, False, _DUAL)),
+            (_WITH_TRITON, ("an axis of both", AxisType.Explicit, False, _DUAL)),
+            (_WITH_TRITON, ("both", AxisType.Auto, True, _DUAL)),
+            (_WITH_TRITON, ("both", AxisType.Auto, True, _SHARED)),
+            (_WITH_MOSAIC, ("both", AxisType.Explicit, False, _DUAL)),
+            (_WITH_MOSAIC, ("columns", AxisType.Explicit, False, _SHARED)),
         ]
     ],
 )
-def test_a_mesh_runs_the_kernel_on_every_shard(kernel, layout, types, split):
+def test_a_mesh_runs_the_kernel_on_every_shard(kernel, layout, types, split, kind):
     """With the fractions that elements have in the whole leaf, wherever in it a shard lies."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(types,) * 2)
     at = NamedSharding(mesh, _LAYOUTS[layout])
-    step, args = _kernel_step(jax.device_put(_WHOLE, at), split, kernel)
-    (new, ours), (expected, state) = step(*args), _on_one_device(split, kernel)
+    step, args = _kernel_step(jax.device_put(_WHOLE, at), split, kernel, kind)
+    (new, ours), (expected, state) = step(*args), _on_one_device(split, kernel, kind)
     assert new["w"].sharding.is_equivalent_to(at, 2)
     _assert_same_state(ours, state)
     np.testing.assert_allclose(new["w"], expected["w"], rtol=0 if split else 48 * _U, atol=1e-6)

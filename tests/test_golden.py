@@ -36,6 +36,7 @@ import optax
 import pytest
 
 import gefen_jax as gx
+import pallas_kernels
 from gefen_jax._codebook import bin_centers, learn_reference
 from gefen_jax._period import find_period, period_scores, scale_group
 
@@ -56,6 +57,7 @@ class Case(NamedTuple):
     flips: int = 0
     # Kinds of leaves that the first gradients cannot tell: those without one.
     kinds: Mapping[str, gx.FlatPeriods] = {}
+    backend: str | None = None
     # The last step at which a leaf's parameters are those of the reference; the others: all.
     params_until: Mapping[str, int] = {}
 
@@ -78,11 +80,23 @@ _FLOAT32 = [
     Case("c8_fp32_all_zero_step1"),
     Case("c9_fp32_groups"),
 ]
+# By the kernel, interpreted: with codes that are looked up, and by halvings, where nu are those of
+# elements.
+_BY_THE_KERNEL = [
+    pytest.param(
+        Case(file, backend="triton"),
+        marks=[
+            pytest.mark.skipif(not pallas_kernels.is_available(), reason="no Triton dialect"),
+            pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+        ],
+    )
+    for file in ("c2_fp32_mixed_wd", "c7_fp32_all_period1")
+]
 _BFLOAT16 = [Case("c4_bf16_mixed_wd"), Case("c5_bf16_mixed_wd0")]
 
 
 def _file(case: Case) -> str:
-    return case.file
+    return case.file if case.backend is None else f"{case.file} by {case.backend}"
 
 
 class _Data:
@@ -130,7 +144,9 @@ class _Data:
                 worst = max(worst, power * np.abs(ours / (1 - b**t) - 1).max())
         return worst + 16 * _U
 
-    def optimizer(self, plan: gx.Plan) -> optax.GradientTransformationExtraArgs:
+    def optimizer(
+        self, plan: gx.Plan, backend: str | None
+    ) -> optax.GradientTransformationExtraArgs:
         """One gefen per parameter group, all of them with the one plan and its codebook."""
         second = set().union(*(group.get("names", ()) for group in self.groups))
         parts = {
@@ -140,6 +156,7 @@ class _Data:
                 group["eps"],
                 weight_decay=group["weight_decay"],
                 plan=plan,
+                backend=backend,
             )
             for i, group in enumerate(self.groups)
         }
@@ -167,9 +184,11 @@ def _leaf_state(state: Any, name: str) -> list[np.ndarray]:
     return [np.asarray(slot[name]) for slot in (mine.mu, mine.scale, mine.nu)]
 
 
-def _run(data: _Data, plan: gx.Plan) -> Iterator[tuple[int, dict[str, _Moment]]]:
+def _run(
+    data: _Data, plan: gx.Plan, backend: str | None = None
+) -> Iterator[tuple[int, dict[str, _Moment]]]:
     """Our own trajectory on the recorded gradients: (t, leaves after step t) for every t."""
-    optimizer = data.optimizer(plan)
+    optimizer = data.optimizer(plan, backend)
 
     decay = max(group["lr"] * group["weight_decay"] for group in data.groups)
 
@@ -209,7 +228,7 @@ def _check_plan(data: _Data, plan: gx.Plan) -> None:
         assert (period, scale_group(first.size, period)) == (expected.period, expected.group)
 
 
-@pytest.mark.parametrize("case", _FLOAT32, ids=_file)
+@pytest.mark.parametrize("case", _FLOAT32 + _BY_THE_KERNEL, ids=_file)
 def test_float32_trajectory(case: Case):
     data = _Data(case.file)
     plan = data.plan(case)
@@ -217,7 +236,7 @@ def test_float32_trajectory(case: Case):
     step_error = data.step_error()
     flips = 0
     flipped = {k: np.zeros(data("param0", k).shape, bool) for k in data.names}
-    for t, leaves in _run(data, plan):
+    for t, leaves in _run(data, plan, case.backend):
         for k, ours in leaves.items():
             codes = data("m_idx", k)[t - 1].reshape(ours.mu.shape)
             differ = codes != ours.mu

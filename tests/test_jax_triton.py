@@ -1,4 +1,4 @@
-"""`backend="jax_triton"`: the kernel in the Triton language fulfils the contract of the step.
+"""`backend="jax_triton"`: the kernels in the Triton language fulfil the contracts of the steps.
 
 On a CPU it runs in Triton's interpreter, in the place of `jax_triton.triton_call`; the one thing
 that the interpreter has not, a few lines of assembly, becomes a load there. For CUDA it is compiled
@@ -9,8 +9,9 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ import numpy as np
 import pytest
 import test_backends
 import test_kernels
+import test_shared_kernels
 from test_kernels import CASES, Case, DualStepConfig, StepContract, kernel_step
+from test_shared_kernels import SharedStepContract
 
 import gefen_jax as gx
 from gefen_jax._split import merge
@@ -29,7 +32,7 @@ jax_triton = pytest.importorskip(
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from pallas_kernels import _jax_triton  # noqa: E402
+from pallas_kernels import _jax_triton, _jax_triton_common, _jax_triton_shared  # noqa: E402
 
 
 class _Memory:
@@ -74,6 +77,10 @@ def _max(x, axis, keep_dims):
     return tl.reduce(x, axis, tl.standard._elementwise_max, keep_dims=keep_dims)
 
 
+def _sum(x, axis, keep_dims):
+    return tl.reduce(x, axis, tl.standard._sum_combine, keep_dims=keep_dims)
+
+
 def _split_and_merge(
     theta_ptr,
     words_ptr,
@@ -95,28 +102,48 @@ def _split_and_merge(
     tl.store(theta_ptr + at, load_param(param_ptr, correction_ptr, at, mask, bits))
 
 
+class _Interpreted(NamedTuple):
+    """Once more what is compiled, of functions that Triton's interpreter runs."""
+
+    common: Any  # the module
+    kernels: dict[Any, Any]  # by what they stand for
+    max: Any
+    sum: Any
+    split_and_merge: Any
+
+
+def _once_more(module: Any) -> Any:
+    spec = importlib.util.spec_from_file_location("interpreted", module.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    return again
+
+
 @pytest.fixture(scope="module")
 def interpreted():
-    """The kernel once more, of functions that Triton's interpreter runs."""
-    with triton.knobs.runtime.scope():
+    """The kernels, made once more."""
+    with triton.knobs.runtime.scope(), pytest.MonkeyPatch.context() as patch:
         triton.knobs.runtime.interpret = True
-        spec = importlib.util.spec_from_file_location("interpreted", _jax_triton.__file__)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module._read, module._lookup = triton.jit(_pointer), triton.jit(_load_entry)
-        return module, triton.jit(_max), triton.jit(_split_and_merge)
+        common = _once_more(_jax_triton_common)
+        patch.setitem(sys.modules, _jax_triton_common.__name__, common)
+        dual, shared = _once_more(_jax_triton), _once_more(_jax_triton_shared)
+        dual._read, dual._lookup = triton.jit(_pointer), triton.jit(_load_entry)
+        kernels = {
+            _jax_triton.dual_step_kernel: dual.dual_step_kernel,
+            _jax_triton_shared.shared_step_kernel: shared.shared_step_kernel,
+        }
+        return _Interpreted(common, kernels, *map(triton.jit, (_max, _sum, _split_and_merge)))
 
 
 @pytest.fixture(scope="class")
 def on_cpu(interpreted):
-    """What the interpreter makes of the kernel, where `jax_triton.triton_call` is called."""
-    signature = inspect.signature(_jax_triton.dual_step_kernel.fn)
-    (module, interpreted_max, _), calls = interpreted, []
+    """What the interpreter makes of a kernel, where `jax_triton.triton_call` is called."""
+    calls = []
 
     def triton_call(
         *inputs, kernel, out_type, grid, num_warps, num_stages, name, backend_options=None, **others
     ):
-        assert kernel is _jax_triton.dual_step_kernel
+        signature, stands_for_it = inspect.signature(kernel.fn), interpreted.kernels[kernel]
         calls.append(name)
         bound = signature.bind_partial(*inputs, **others).arguments
         refs = {k: x for k, x in bound.items() if isinstance(x, jax.Ref)}
@@ -132,7 +159,7 @@ def on_cpu(interpreted):
                 memory[out_name] = np.zeros(out_type[0].shape, out_type[0].dtype)
             pointers = {k: _Memory(x) for k, x in memory.items()}
             with np.errstate(all="ignore"):
-                module.dual_step_kernel[(grid,)](**pointers, **static)
+                stands_for_it[(grid,)](**pointers, **static)
             return [memory[k] for k in ([out_name] if out_name else []) + list(refs)]
 
         new = jax.pure_callback(run, written, **arrays)
@@ -141,7 +168,8 @@ def on_cpu(interpreted):
         return new[: len(out_type)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tl, "max", interpreted_max)
+        patch.setattr(tl, "max", interpreted.max)
+        patch.setattr(tl, "sum", interpreted.sum)
         patch.setattr(jax_triton, "triton_call", triton_call)
         yield calls
 
@@ -198,7 +226,26 @@ class TestJaxTriton(StepContract):
         monkeypatch.setattr(jax.lax, "platform_dependent", run_what_is_for_cuda)
         on_cpu.clear()
         test_backends.test_fused("jax_triton")
-        assert on_cpu == ["gefen_dual_step_fused"] * 2  # of dual codes there are two
+        # Of dual codes there are two, and of shared blocks four leaves, one of which is a part.
+        kinds = {f"gefen_{step}_step_fused": on_cpu.count for step in ("dual", "shared")}
+        assert [count(name) for name, count in kinds.items()] == [2, 4]
+
+
+@functools.cache
+def _shared_step(case: test_shared_kernels.Case, config: Any = None) -> Any:
+    step = test_shared_kernels.kernel_step(case, config, interpret=False)
+    step = functools.partial(step, backend="jax_triton")
+    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.usefixtures("on_cpu")
+class TestSharedJaxTriton(SharedStepContract):
+    """The Triton language's kernel of shared blocks, interpreted."""
+
+    step = staticmethod(_shared_step)
+
+    # As above.
+    test_any_numbers = test_any_shape = None
 
 
 # The arithmetic of split weights, which is exact --------------------------------------------------
@@ -208,7 +255,7 @@ class TestJaxTriton(StepContract):
 @pytest.mark.parametrize("bits", [16, 24, 32])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_weights_are_split_and_merged_as_in_the_plain_form(dtype, bits, stochastic, interpreted):
-    module, _, split_and_merge = interpreted
+    common, split_and_merge = interpreted.common, interpreted.split_and_merge
     theta = test_kernels.float32s()
     theta = np.resize(theta, 1 << (theta.size - 1).bit_length())  # as blocks of Triton are
     words = np.random.default_rng(1).integers(0, 1 << 32, theta.shape, np.uint32)
@@ -225,9 +272,9 @@ def test_weights_are_split_and_merged_as_in_the_plain_form(dtype, bits, stochast
     static = {"size": theta.size, "bits": bits, "stochastic": stochastic}
     with np.errstate(all="ignore"):
         split_and_merge[(1,)](
-            *memory, store_param=module._store_param, load_param=module._load_param, **static
+            *memory, store_param=common.store_param, load_param=common.load_param, **static
         )
-    test_kernels._same_weights(found[:2], wanted[:2])
+    test_kernels.same_weights(found[:2], wanted[:2])
     test_kernels._same_bits(found[2], wanted[2])
 
 
@@ -250,7 +297,8 @@ def kernels(monkeypatch):
     )
     monkeypatch.setattr(jax_triton.triton_lib, "triton_kernel_call_lib", plugin)
     # Or what is compiled here would be taken elsewhere.
-    monkeypatch.setattr(_jax_triton.dual_step_kernel, "_jT_kernel_cache", {}, raising=False)
+    for kernel in (_jax_triton.dual_step_kernel, _jax_triton_shared.shared_step_kernel):
+        monkeypatch.setattr(kernel, "_jT_kernel_cache", {}, raising=False)
     return compiled
 
 
@@ -276,6 +324,22 @@ def test_lowers_for_cuda_in_place(name, kernels):
     # The two maxima of a block may cross warps; entries of tables never do.
     assert kernel.ptx.count("bar.sync") <= 3
     assert kernel.ptx.count("shfl.sync.idx") >= 14
+
+
+@pytest.mark.parametrize(
+    "name", ["rows", "16384 in turns", "columns", "searched", "a nu per element", "split, 24 bits"]
+)
+def test_shared_blocks_lower_for_cuda_in_place(name, kernels):
+    """As the dual code's."""
+    case = test_shared_kernels.CASES[name]
+    step = test_shared_kernels.kernel_step(case, interpret=False)
+    text, arrays = test_shared_kernels.lowered(functools.partial(step, backend="jax_triton"), case)
+    assert text.count("@triton_kernel_call_ffi") == 1
+    assert text.count("#stablehlo.output_operand_alias<") == arrays
+    assert text.count("tf.aliasing_output") == arrays
+    # The two reductions of a block may cross warps; entries of tables never do.
+    (kernel,) = kernels
+    assert kernel.ptx.count("bar.sync") <= 7
 
 
 def test_devices_other_than_cuda_are_refused():

@@ -8,7 +8,7 @@ more u (slope + 16), with a slope of at most 14.5 and parts of at most 10 scales
 of all codes may differ, and five standard deviations of such a count.
 
 What split weights stand for differs, before it is rounded, by at most the bound that
-`_check_weight` derives. Rounded by the same fractions, that may become a step more, and does with a
+`check_weight` derives. Rounded by the same fractions, that may become a step more, and does with a
 probability of the bound divided by the step.
 """
 
@@ -44,10 +44,10 @@ from gefen_jax._types import Decay, Moments, Step
 from gefen_jax._with_split_weights import _phases
 from pallas_kernels import (
     DualLayout,
-    DualScalars,
     DualStepConfig,
     DualStepResult,
     SplitWeight,
+    StepScalars,
     dual_step,
     dual_step_config,
 )
@@ -58,8 +58,8 @@ U = 2.0**-24
 _DIFFER = 2e-4
 # Of results: of a dtype's own rounding one step, of float32 what `_check_update` of
 # `tests/test_dual.py` counts for one program, 24 u and twice b1's and b2's 4 u, for two.
-_TOLERANCE = {"float32": 80 * U, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-_LEARNING_RATE, _WEIGHT_DECAY = 1e-2, 0.1
+TOLERANCE = {"float32": 80 * U, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1
 _CODEBOOK = np.asarray(builtin_codebook(16), np.float32)
 _FOLDER = Path(pallas_kernels.__file__).parent
 
@@ -106,8 +106,8 @@ class Data(NamedTuple):
     phase: Any
     correction: Any = None  # of a split weight
     weight_phase: Any = None  # of its dither; None to round to the nearest
-    learning_rate: Any = _LEARNING_RATE
-    weight_decay: Any = _WEIGHT_DECAY
+    learning_rate: Any = LEARNING_RATE
+    weight_decay: Any = WEIGHT_DECAY
 
 
 class Result(NamedTuple):
@@ -138,10 +138,10 @@ CASES = {
     ),
 }
 SPLIT = [name for name, case in CASES.items() if case.bits]
-_CORRECTIONS = {0: None, 16: None, 24: np.dtype(np.int8), 32: np.dtype(np.int16)}
+CORRECTIONS = {0: None, 16: None, 24: np.dtype(np.int8), 32: np.dtype(np.int16)}
 
 
-def _decay(t: int, b1: float = 0.9, b2: float = 0.999) -> Decay:
+def decay_at(t: int, b1: float = 0.9, b2: float = 0.999) -> Decay:
     corrections = (1 - b1**t, 1 - b1 ** (t + 1), 1 - b2**t)
     values = (b1, b2, 1 - b1, 1 - b2, 1e-8, 1e-12, *corrections)
     return Decay(*(jnp.float32(x) for x in values))
@@ -163,21 +163,20 @@ def data_of(case: Case, seed: int, t: int = 3, decades: float = 2.0) -> Data:
     if case.param is not None:
         param = jnp.asarray(rng.normal(size=case.shape), case.param)
     phase, weight_phase = leaf_phases([f"leaf {seed}", f"weights {seed}"], jnp.int32(t))
-    dtype = _CORRECTIONS[case.bits]
-    correction = None if dtype is None else jnp.asarray(_any_bits(rng, case.shape, dtype))
+    dtype = CORRECTIONS[case.bits]
+    correction = None if dtype is None else jnp.asarray(any_bits(rng, case.shape, dtype))
     g = jnp.asarray(g, case.gradient)
-    return Data(g, state, param, _decay(t), phase, correction, weight_phase)
+    return Data(g, state, param, decay_at(t), phase, correction, weight_phase)
 
 
-def _any_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def any_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     bits = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
     return bits.view(dtype)[..., 0]
 
 
-def _any_weights(case: Case) -> Data:
+def any_weights(case: Any, data: Data) -> Data:
     """All kinds of weights, with corrections that belong to them; no gradient was ever there."""
-    data = data_of(case, 0)
-    weight = _any_bits(np.random.default_rng(1), case.shape, jnp.dtype(case.param))
+    weight = any_bits(np.random.default_rng(1), case.shape, jnp.dtype(case.param))
     info = jnp.finfo(case.param)
     special = [0.0, -0.0, math.inf, -math.inf, math.nan, info.max]
     special += [info.smallest_subnormal, -0.75 * float(info.tiny)]
@@ -227,7 +226,7 @@ def kernel_step(case: Case, config: DualStepConfig | None = None, interpret: Any
             data.g,
             *data.state,
             layout=case.layout,
-            scalars=DualScalars(*data.decay),
+            scalars=StepScalars(*data.decay),
             codebook=jnp.asarray(_CODEBOOK),
             phase=data.phase,
             nesterov=case.nesterov,
@@ -283,7 +282,7 @@ def check_equal(case: Case, data: Data, plain: Result, kernel: DualStepResult) -
     dtype = str(kernel.out.dtype)
     assert dtype == (case.param or case.gradient)
     if case.bits:
-        _check_weight(case, data, plain, kernel, same & blocks_same)
+        check_weight(case, data, plain, kernel, same & blocks_same)
         return
     out, ours = (np.asarray(x, np.float32) for x in (plain.out, kernel.out))
     same = same & blocks_same
@@ -293,14 +292,12 @@ def check_equal(case: Case, data: Data, plain: Result, kernel: DualStepResult) -
         terms = np.abs(out) + (np.nanmax(np.abs(out[same]), initial=0) if case.nesterov else 0)
         if data.param is not None:
             terms = terms + np.abs(np.asarray(data.param, np.float32))
-        near = np.abs(ours - out) <= _TOLERANCE[dtype] * terms + np.finfo(np.float32).tiny
+        near = np.abs(ours - out) <= TOLERANCE[dtype] * terms + np.finfo(np.float32).tiny
     near |= (np.isnan(ours) & np.isnan(out)) | (ours == out)
     assert np.all(near | ~same)
 
 
-def _check_weight(
-    case: Case, data: Data, plain: Result, kernel: DualStepResult, same: np.ndarray
-) -> None:
+def check_weight(case: Any, data: Data, plain: Result, kernel: Any, same: np.ndarray) -> None:
     """Split weights, where the codes are the same.
 
     Updates differ as those in float32 do. Then come three roundings of the change and one of the
@@ -316,10 +313,10 @@ def _check_weight(
     info = jnp.finfo(kernel.out.dtype)
     step = 2.0 ** (16 - info.nmant - case.bits) * np.maximum(np.abs(wanted), float(info.tiny))
     step = np.where((case.bits == 32) & (np.abs(wanted) >= 2.0**-17), 0, step)
-    decayed = _LEARNING_RATE * _WEIGHT_DECAY * np.abs(before)
+    decayed = LEARNING_RATE * WEIGHT_DECAY * np.abs(before)
     with np.errstate(invalid="ignore"):
         change = np.abs(wanted - before) + step + 2 * decayed
-        bound = (_TOLERANCE["float32"] + 6 * U) * change + 2 * U * np.abs(wanted)
+        bound = (TOLERANCE["float32"] + 6 * U) * change + 2 * U * np.abs(wanted)
         # What the plain form adds to the old weight cannot say all: see `with_split_weights`.
         small = np.abs(wanted) < 2.0 ** (info.nmant - 21) * np.abs(before)
         bound = bound + np.where(small, 2.0**-22 * np.abs(before), 0)
@@ -341,14 +338,14 @@ def _same_bits(ours: Any, wanted: Any) -> None:
     np.testing.assert_array_equal(ours, wanted)
 
 
-def _same_weights(ours: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
+def same_weights(ours: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
     """Weights and their corrections, if there are any, equal as bits."""
     _same_bits(ours[0], wanted[0])
     np.testing.assert_array_equal(ours[1], wanted[1])
 
 
 # One contract is run by several classes, on purpose. No search for the smallest that fails.
-_BY_SEVERAL = settings(
+BY_SEVERAL = settings(
     deadline=None,
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=[HealthCheck.differing_executors],
@@ -384,14 +381,14 @@ class StepContract:
         for seed, t in ((0, 1), (1, 1000)):
             self.check(CASES[name], data_of(CASES[name], seed, t))
 
-    @settings(_BY_SEVERAL, max_examples=20)
+    @settings(BY_SEVERAL, max_examples=20)
     @given(seed=st.integers(0, 2**31), t=st.integers(1, 10**6), decades=st.floats(0, 6))
     def test_any_numbers(self, seed, t, decades):
         case = CASES["padded, many programs"]
         self.check(case, data_of(case, seed, t, decades))
 
     # Every shape is compiled: few of them, and no search for the smallest that fails.
-    @settings(_BY_SEVERAL, max_examples=3)
+    @settings(BY_SEVERAL, max_examples=3)
     @given(
         blocks=st.integers(1, 9),
         stretches=st.integers(1, 4),
@@ -429,7 +426,7 @@ class StepContract:
         decay = data.decay._replace(eps=jnp.float32(eps), eps_root=jnp.float32(0))
         found = self.check(case, data._replace(g=data.g * 0, state=zeros, decay=decay))
         assert not np.any(found.scale) and not np.any(found.exponent)
-        decayed = np.asarray(data.param) * (1 - _LEARNING_RATE * _WEIGHT_DECAY)
+        decayed = np.asarray(data.param) * (1 - LEARNING_RATE * WEIGHT_DECAY)
         np.testing.assert_allclose(found.out, decayed, rtol=4 * U)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -486,23 +483,23 @@ class StepContract:
         So is 1 + 2^-7 of it, which takes the largest to infinity.
         """
         case = CASES[name]
-        data = _any_weights(case)
+        data = any_weights(case, data_of(case, 0))
         # No subnormals, which XLA may flush on a CPU in one program and not in another.
         weight = jnp.where(jnp.abs(data.param) < 2.0**-125, 1, data.param)
         for learning_rate in (2.0**-7, -(2.0**-7)):
             data = data._replace(param=weight, learning_rate=learning_rate, weight_decay=1.0)
             wanted = plain_step(case)(data)
             found = type(self).step(case)(data)
-            _same_weights((found.out, found.correction), (wanted.out, wanted.correction))
+            same_weights((found.out, found.correction), (wanted.out, wanted.correction))
 
     @pytest.mark.parametrize("name", SPLIT)
     def test_a_change_of_zero_leaves_split_weights(self, name):
         """Bit for bit, while the moments go on; but 0 times an infinite weight is NaN."""
         case = CASES[name]
-        data = _any_weights(case)._replace(g=data_of(case, 0).g, learning_rate=0.0)
+        data = any_weights(case, data_of(case, 0))._replace(g=data_of(case, 0).g, learning_rate=0.0)
         found = type(self).step(case)(data)
         finite = jnp.where(jnp.isinf(data.param), jnp.nan, data.param)
-        _same_weights((found.out, found.correction), (finite, data.correction))
+        same_weights((found.out, found.correction), (finite, data.correction))
         assert np.any(found.scale)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -521,7 +518,7 @@ class StepContract:
         rng = np.random.default_rng(0)
         params = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
         plan = gx.plan_by_shape(params).with_kind("w", DualCode((1, case.layout.period)))
-        fused = gx.fused_gefen(_LEARNING_RATE, eps_root=1e-12, weight_decay=0.1, plan=plan)
+        fused = gx.fused_gefen(LEARNING_RATE, eps_root=1e-12, weight_decay=0.1, plan=plan)
         tx = gx.with_split_weights(fused)
         opt_state, (weights, _) = tx.init(params), gx.split_weights(params)
         optimizer_step = jax.jit(tx.step)
@@ -533,7 +530,7 @@ class StepContract:
                 g.reshape(case.shape),
                 _moments(old, case),
                 old_weights["w"].reshape(case.shape),
-                _decay(t),
+                decay_at(t),
                 leaf_phases(["w"], jnp.int32(t))[0],
                 old.correction["w"].reshape(case.shape),
                 _phases(["w"], jnp.int32(t))[0],
@@ -564,7 +561,7 @@ def float32s() -> np.ndarray:
     rng = np.random.default_rng(0)
     lower = np.array([0, 1, 0xFFF, 0x1000, 0x7FFF, 0x8000], np.int32)
     halves = (np.arange(1 << 16, dtype=np.int32) << 16)[:, None] | lower
-    bits = np.concatenate([halves.ravel(), _any_bits(rng, (1 << 16,), np.dtype(np.int32))])
+    bits = np.concatenate([halves.ravel(), any_bits(rng, (1 << 16,), np.dtype(np.int32))])
     # Halfway between weights below 2^-14, and so with 24 bits, and, below 2^-17, with 32.
     odd = 2 * rng.integers(0, [[1 << 10], [1 << 18], [1 << 23]], (3, 10_000)) + 1
     ties = (odd * 2.0 ** np.array([[-25], [-33], [-41]])).astype(np.float32)
@@ -586,11 +583,11 @@ def test_weights_are_split_and_merged_as_in_the_plain_form(dtype, bits, stochast
     def both(theta: Any, words: Any) -> Any:
         wanted = plain_parts(theta, bits, dtype, words)
         weight, low = kernel_split.split(theta, bits, dtype, words)
-        found = weight, None if low is None else low.astype(_CORRECTIONS[bits])
+        found = weight, None if low is None else low.astype(CORRECTIONS[bits])
         return wanted, found, merge(*wanted), kernel_split.merge(*found)
 
     wanted, found, theta, ours = both(theta, words)
-    _same_weights(found, wanted)
+    same_weights(found, wanted)
     _same_bits(ours, theta)
     assert (found[1] is None) == (bits == 16)
 
@@ -608,13 +605,13 @@ def test_every_weight_is_merged_as_in_the_plain_form(dtype, bits):
     words = np.arange(1 << 16, dtype=np.uint16)
     weight, low = jnp.asarray(words.view(jnp.dtype(dtype))), None
     if bits > 16:
-        most = np.iinfo(_CORRECTIONS[bits]).max
+        most = np.iinfo(CORRECTIONS[bits]).max
         low = np.array([-most - 1, -most, -77, -2, -1, 0, 1, 2, 77, most])[:, None]
         weight = jnp.broadcast_to(weight, (low.size, words.size))
         # Below 0 are numbers of the other sign, and beyond infinity there are none.
         low = np.where((words & 0x7FFF) == 0, np.maximum(low, 0), low)
         low = np.where(jnp.isinf(weight), np.minimum(low, 0), low)
-        low = jnp.asarray(low, _CORRECTIONS[bits])
+        low = jnp.asarray(low, CORRECTIONS[bits])
     _same_bits(jax.jit(kernel_split.merge)(weight, low), jax.jit(merge)(weight, low))
 
 
@@ -625,8 +622,8 @@ class _Lookup:
         return table[index]
 
     # And what a checker of types asks for.
-    load = store = load_of_blocks = store_of_blocks = largest = table = lookup
-    row = pair = column = block_row = block_column = padded = 0
+    load = store = load_of_blocks = store_of_blocks = largest = total = gather = table = lookup
+    row = item = column = block_row = block_column = items = turns = padded = 0
 
 
 def test_the_largest_keeps_its_sign():
@@ -724,7 +721,7 @@ def test_too_large_for_the_kernel(layout):
 
     def step(g: Any, *state: Any) -> Any:
         return kernel_step(case)(
-            Data(g, Moments(*state), None, _decay(1), jnp.zeros(2, jnp.uint32))
+            Data(g, Moments(*state), None, decay_at(1), jnp.zeros(2, jnp.uint32))
         )
 
     with pytest.raises(NotImplementedError, match="use the XLA backend for this leaf"):

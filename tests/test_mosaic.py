@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import test_kernels
+import test_shared_kernels
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_kernels import (
     CASES,
@@ -24,6 +25,10 @@ from test_kernels import (
     data_of,
     plain_step,
 )
+from test_shared_kernels import Case as SharedCase
+from test_shared_kernels import SharedStepContract
+
+from pallas_kernels import SharedLayout, SharedStepConfig
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11, 2), reason="`backend` 'mosaic' needs jax 0.11.2 or newer"
@@ -48,6 +53,40 @@ class TestMosaicInterpreted(StepContract):
     # The arithmetic is that of the Triton dialect, line by line: its numbers are tested there.
     test_any_numbers = test_zero_stays_whatever_the_fraction_is = None
     test_is_the_step_of_fused_gefen_with_split_weights = None
+
+
+def _shared_kernel(case: SharedCase, config: Any = None, interpret: Any = False) -> Any:
+    step = test_shared_kernels.kernel_step(case, config, interpret)
+    return functools.partial(step, backend="mosaic")
+
+
+@functools.cache
+def _shared_interpreted(case: SharedCase, config: Any = None) -> Any:
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(_shared_kernel(case, config, interpret=True), compiler_options=options)
+
+
+class TestSharedMosaicInterpreted(SharedStepContract):
+    """The kernel of shared blocks in Pallas' interpreter."""
+
+    step = staticmethod(_shared_interpreted)
+
+    # As above.
+    test_any_numbers = test_any_shape = None
+    test_splits_bit_for_bit = test_a_change_of_zero_leaves_split_weights = None
+
+
+@pytest.mark.parametrize(
+    "case",
+    [SharedCase(SharedLayout(3, 96), param="float32"), SharedCase(SharedLayout(1, 4999))],
+    ids=["fused", "updates, in turns"],
+)
+def test_shared_blocks_in_the_interpreter_of_mosaic(case):
+    """As below."""
+    data = test_shared_kernels.data_of(case, 0)
+    found = jax.jit(_shared_kernel(case, interpret=plgpu.InterpretGPUParams()))(data)
+    wanted = test_shared_kernels.plain_step(case)(data)
+    test_shared_kernels.check_equal(case, data, wanted, found)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +148,21 @@ def test_lowers_for_cuda_in_place(name, gradient):
     assert text.count("tf.aliasing_output") == arrays
 
 
-def test_blocks_too_large_are_refused():
-    case = Case(DualLayout(1, 1, 2049))
-    with pytest.raises(NotImplementedError, match="'mosaic' takes blocks of at most 4096 elements"):
-        jax.eval_shape(_kernel(case), data_of(case, 0))
+@pytest.mark.parametrize("gradient", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name", ["rows", "rows, fused", "16384 in turns", "searched", "columns", "split, 24 bits"]
+)
+def test_shared_blocks_lower_for_cuda_in_place(name, gradient):
+    """As the dual code's."""
+    case = test_shared_kernels.CASES[name]._replace(gradient=gradient)
+    text, arrays = test_shared_kernels.lowered(_shared_kernel(case), case)
+    assert text.count(f"@{_CALL}") == 1
+    assert text.count("#stablehlo.output_operand_alias<") == arrays
+    assert text.count("tf.aliasing_output") == arrays
+
+
+def test_programs_too_large_are_refused():
+    case = SharedCase(SharedLayout(1, 9000))
+    step = _shared_kernel(case, SharedStepConfig(1, 1, 32, 8192))
+    with pytest.raises(NotImplementedError, match="in programs of .1, 8192, 1.: use a smaller"):
+        jax.eval_shape(step, test_shared_kernels.data_of(case, 0))

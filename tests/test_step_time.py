@@ -40,8 +40,8 @@ def test_an_optimizer_beside_adamw(tmp_path, monkeypatch, capsys):
 def test_kernels_are_compared_with_the_plain_step(monkeypatch):
     """Interpreted: nothing differs, but all does where steps are twice as long."""
     tree = {"w": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
-    name = "gefen, fused, triton"
-    assert step_time.differing(name, tree, "triton") == {"differ": 0, "out_of": 8192}
+    for name in ("gefen, shared blocks, fused, triton", "gefen, fused, triton"):
+        assert step_time.differing(name, tree, "triton") == {"differ": 0, "out_of": 8192}
     monkeypatch.setitem(
         step_time.OPTIMIZERS, name, lambda tree: gx.fused_gefen(2e-3, backend="triton")
     )

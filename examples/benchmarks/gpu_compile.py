@@ -1,4 +1,4 @@
-"""The GPU kernels compiled for an H200 on a machine without one: registers, spills, shared memory.
+"""The GPU kernels compiled for a GPU on a machine without one: registers, spills, shared memory.
 
 Nothing runs: these are numbers of compiled code, and no measurement of speed. Needs the CUDA plugin
 of the installed jax (V is its version, and nothing else of CUDA is needed) and a `ptxas`:
@@ -7,6 +7,7 @@ of the installed jax (V is its version, and nothing else of CUDA is needed) and 
     python examples/benchmarks/gpu_compile.py --ptxas /usr/local/cuda-13.0/bin/ptxas
 
 From jax 0.11.2 on Mosaic's kernels are compiled, too, and with `jax-triton` installed, its own.
+`--target` is h200, a100 (without Mosaic's, which want a Hopper or newer) or b200.
 """
 
 import argparse
@@ -27,31 +28,88 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSha
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels import DualLayout, DualScalars, SplitWeight, dual_step, dual_step_config
+from pallas_kernels import (
+    DualLayout,
+    SharedLayout,
+    SharedTables,
+    SplitWeight,
+    StepScalars,
+    dual_step,
+    dual_step_config,
+    shared_step,
+    shared_step_config,
+)
 
-TARGET = Path(__file__).parent / "targets" / "h200.txt"
-PERIODS = (96, 256, 320, 768, 1000, 1024, 4096)
+TARGETS = Path(__file__).parent / "targets"
+PERIODS = {
+    "dual": (96, 256, 320, 768, 1000, 1024, 4096, 8192),
+    "shared": (9, 96, 257, 768, 1000, 1024, 4096, 16384),
+}
+DEFAULT = {"dual": 256, "shared": 768}  # the period of the forms that have one only
 INNERS = (1, 768)
 SIZE = 1 << 24  # of a leaf, about
-KERNEL = "dual_step"
+KERNEL = "(?:dual|shared)_step"
+LOOKUP_BINS = 8192
 CORRECTIONS = {None: None, 16: None, 24: "int8", 32: "int16"}
 
 
 class Build(NamedTuple):
     """One kernel to compile."""
 
+    step: str  # "dual" or "shared"
     period: int
     inner: int
     gradient: str
     fused: bool
     bits: int | None = None  # of a split weight, in the gradient's dtype; None for a float32
     backend: str = "triton"
+    exact_lookup: bool = True  # of shared blocks; or else the codebook is halved
+
+    size: int = SIZE  # of a leaf, about
 
     @property
-    def layout(self) -> DualLayout:
+    def layout(self) -> Any:
         """Blocks of one stretch."""
-        blocks = max(1, SIZE // (self.period * self.inner))
+        blocks = max(1, self.size // (self.period * self.inner))
+        if self.step == "shared":
+            return SharedLayout(blocks, self.period, self.inner)
         return DualLayout(blocks, 1, self.period // 2, self.inner)
+
+    @property
+    def config(self) -> Any:
+        """How programs are cut."""
+        make: Any = {"dual": dual_step_config, "shared": shared_step_config}[self.step]
+        return make(self.layout)
+
+
+class Gpu(NamedTuple):
+    """A target's description."""
+
+    text: str
+
+    def _field(self, name: str) -> str:
+        return re.findall(rf'{name}: "?([^"\n]+)', self.text)[0]
+
+    @property
+    def name(self) -> str:
+        """As the driver has it."""
+        return self._field("device_description_str")
+
+    @property
+    def abstract(self) -> AbstractDevice:
+        """What jax asks when it lowers."""
+        cores = int(self._field("core_count"))
+        return AbstractDevice(device_kind=self.name, num_cores=cores, platform="cuda")
+
+    @property
+    def backends(self) -> list[str]:
+        """Those of the kernels that can be compiled for it here."""
+        backends = ["triton"]
+        if jax.__version_info__ >= (0, 11, 2) and int(self._field("major")) >= 9:
+            backends.append("mosaic")
+        if importlib.util.find_spec("jax_triton") is not None:
+            backends.append("jax_triton")
+        return backends
 
 
 def set_environment(dump: str) -> None:
@@ -64,20 +122,18 @@ def set_environment(dump: str) -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def builds() -> list[Build]:
+def builds(gpu: Gpu) -> list[Build]:
     """Every layout in both forms and with split weights; the rest at the default period."""
-    layouts = [(p, i) for i in INNERS for p in PERIODS]
-    every = [Build(*x, "float32", fused) for x in layouts for fused in (False, True)]
-    every += [Build(256, 1, dtype, True) for dtype in ("bfloat16", "float16")]
-    every += [Build(*x, "bfloat16", True, 24) for x in layouts]
-    every += [Build(256, 1, "bfloat16", True, bits) for bits in (16, 32)]
-    every += [Build(256, 1, "float16", True, bits) for bits in (16, 24, 32)]
-    backends = ["triton"]
-    if jax.__version_info__ >= (0, 11, 2):
-        backends.append("mosaic")
-    if importlib.util.find_spec("jax_triton") is not None:
-        backends.append("jax_triton")
-    return [build._replace(backend=backend) for backend in backends for build in every]
+    every = []
+    for step, periods in PERIODS.items():
+        layouts, usual = [(step, p, i) for i in INNERS for p in periods], (step, DEFAULT[step], 1)
+        every += [Build(*x, "float32", fused) for x in layouts for fused in (False, True)]
+        every += [Build(*usual, dtype, True) for dtype in ("bfloat16", "float16")]
+        every += [Build(*x, "bfloat16", True, 24) for x in layouts]
+        every += [Build(*usual, "bfloat16", True, bits) for bits in (16, 32)]
+        every += [Build(*usual, "float16", True, bits) for bits in (16, 24, 32)]
+    every.append(Build("shared", DEFAULT["shared"], 1, "float32", True, exact_lookup=False))
+    return [build._replace(backend=backend) for backend in gpu.backends for build in every]
 
 
 def arguments(build: Build, device: Any) -> tuple[Any, Any]:
@@ -88,44 +144,60 @@ def arguments(build: Build, device: Any) -> tuple[Any, Any]:
         return None if dtype is None else jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     shape = (layout.blocks, layout.period, layout.inner)
-    state = (array(shape, "uint8"), array(shape[::2], "float32"), array(shape[::2], "uint8"))
+    nu = {"dual": "uint8", "shared": "float32"}[build.step]
+    state = (array(shape, "uint8"), array(shape[::2], "float32"), array(shape[::2], nu))
     dtype = None if not build.fused else "float32" if build.bits is None else build.gradient
     param, correction = array(shape, dtype), array(shape, CORRECTIONS[build.bits])
-    rest = {
-        "scalars": DualScalars(*(array((), "float32") for _ in DualScalars._fields)),
-        "codebook": array((16,), "float32"),
+    codebook, bins = array(({"dual": 16, "shared": 256}[build.step],), "float32"), (LOOKUP_BINS,)
+    lookup = (array(bins, "uint8"), array(bins, "float32")) if build.exact_lookup else ()
+    rest: dict[str, Any] = {
+        "scalars": StepScalars(*(array((), "float32") for _ in StepScalars._fields)),
         "phase": array((2,), "uint32"),
+        "tables": SharedTables(codebook, *lookup),
     }
     if build.fused:
         rest |= {name: array((), "float32") for name in ("learning_rate", "weight_decay")}
     return (state, param, correction), (array(shape, build.gradient), rest)
 
 
-def compiled(build: Build, device: Any) -> Any:
-    """A jitted step with donated parameter and state, as machine code."""
+def step_of(build: Build, interpret: bool = False) -> Any:
+    """A step of what it may overwrite and the rest."""
 
     def step(donated: Any, others: Any) -> Any:
         (state, param, correction), (g, rest) = donated, others
-        split = None if build.bits is None else SplitWeight(correction, rest["phase"])
-        others = {"layout": build.layout, "backend": build.backend}
-        return dual_step(g, *state, param=param, split=split, **others, **rest)
+        # Of 32 bits nothing is rounded.
+        phase = None if build.bits == 32 else rest["phase"]
+        split = None if build.bits is None else SplitWeight(correction, phase)
+        how = {"param": param, "split": split, "layout": build.layout, "backend": build.backend}
+        how |= {"interpret": interpret}
+        if build.step == "dual":
+            rest = rest | {"codebook": rest["tables"].codebook}
+            return dual_step(g, *state, **how, **{k: x for k, x in rest.items() if k != "tables"})
+        return shared_step(g, *state, **how, **{k: x for k, x in rest.items() if k != "phase"})
 
-    mesh = AbstractMesh(
-        (1,),
-        ("x",),
-        axis_types=(AxisType.Auto,),
-        abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda"),
-    )
+    return step
+
+
+def compiled(build: Build, gpu: Gpu, device: Any) -> Any:
+    """A jitted step with donated parameter and state, as machine code."""
+    types = (AxisType.Auto,)
+    mesh = AbstractMesh((1,), ("x",), axis_types=types, abstract_device=gpu.abstract)
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         # The Triton dialect is deprecated from jax 0.11 on.
         warnings.simplefilter("ignore", DeprecationWarning)
-        traced = jax.jit(step, donate_argnums=0).trace(*arguments(build, device))
+        traced = jax.jit(step_of(build), donate_argnums=0).trace(*arguments(build, device))
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
-def assembled(ptxas: str, dump: Path) -> dict[str, int]:
+def ptx_in(dump: Path) -> Path:
+    """The kernel's in the dump."""
+    (path,) = (p for p in dump.rglob("*.ptx") if re.search(KERNEL, p.read_text("utf-8")))
+    return path
+
+
+def assembled(ptxas: str, dump: Path) -> dict[str, Any]:
     """What ptxas says of the kernel in the dump, which is emptied."""
-    (path,) = (p for p in dump.rglob("*.ptx") if KERNEL in p.read_text("utf-8"))
+    path = ptx_in(dump)
     text = path.read_text("utf-8")
     (architecture,) = re.findall(r"\.target (\w+)", text)
     command = [ptxas, "-v", f"-arch={architecture}", str(path), "-o", os.devnull]
@@ -137,6 +209,7 @@ def assembled(ptxas: str, dump: Path) -> dict[str, int]:
     shutil.rmtree(dump)
     dump.mkdir()
     return {
+        "architecture": architecture,
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         "shared_bytes": int(
@@ -150,15 +223,16 @@ def assembled(ptxas: str, dump: Path) -> dict[str, int]:
     }
 
 
-def measure(build: Build, device: Any, ptxas: str, dump: Path) -> dict[str, Any]:
+def measure(build: Build, gpu: Gpu, device: Any, ptxas: str, dump: Path) -> dict[str, Any]:
     """One row of the table."""
-    executable = compiled(build, device)
-    hlo = executable.as_text()
-    config = dual_step_config(build.layout)
+    executable = compiled(build, gpu, device)
+    hlo, config = executable.as_text(), build.config
+    rows, items, columns = config.tile(build.layout)
     return {
-        **build._asdict(),
-        "rows": config.rows,
-        "columns": config.columns,
+        **{name: x for name, x in build._asdict().items() if name != "size"},
+        "rows": rows,
+        "items": items,
+        "columns": columns,
         "num_warps": config.num_warps,
         **assembled(ptxas, dump),
         "copies_in_hlo": len(re.findall(r" copy\(", hlo)),
@@ -171,22 +245,31 @@ def main() -> None:
     """Compiles everything, writes the result file and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ptxas", default=shutil.which("ptxas"))
-    parser.add_argument("--out", default="gpu_compile.json", help="a file in examples/results")
+    parser.add_argument("--target", default="h200", choices=[p.stem for p in TARGETS.iterdir()])
+    parser.add_argument("--step", nargs="+", default=list(PERIODS), choices=list(PERIODS))
+    parser.add_argument("--backend", nargs="+", help="of the kernels that the target has")
+    parser.add_argument("--out", help="a file in examples/results")
     args = parser.parse_args()
+    out = args.out or f"gpu_compile{'' if args.target == 'h200' else f'_{args.target}'}.json"
+    gpu = Gpu((TARGETS / f"{args.target}.txt").read_text("utf-8"))
     with tempfile.TemporaryDirectory() as name:
         set_environment(name)
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=TARGET.read_text("utf-8"), topology="1x1x1"
+            platform="cuda", target_config=gpu.text, topology="1x1x1"
         )
-        device = topology.devices[0]
-        rows = [measure(build, device, args.ptxas, Path(name)) for build in builds()]
+        rows = [
+            measure(build, gpu, topology.devices[0], args.ptxas, Path(name))
+            for build in builds(gpu)
+            if build.step in args.step and build.backend in (args.backend or gpu.backends)
+        ]
     version = subprocess.run([args.ptxas, "--version"], capture_output=True, text=True, check=True)
     results = {
-        "note": "Compiled ahead of time for an H200; not measured on a GPU.",
+        "note": f"Compiled ahead of time for {gpu.name}; not measured on a GPU.",
         "ptxas": version.stdout.strip().splitlines()[-1],
         "kernels": rows,
     }
-    write(args.out, f"python examples/benchmarks/gpu_compile.py --out {args.out}", results)
+    command = f"python examples/benchmarks/gpu_compile.py --target {args.target} --out {out}"
+    write(out, command, results)
     table = Table(*rows[0], title=results["note"])
     for row in rows:
         table.add_row(*map(str, row.values()))

@@ -40,6 +40,12 @@ TREES: dict[str, Callable[[], Any]] = {
 KERNELS: dict[str, Callable[[Any], Any]] = {
     "gefen, mosaic": lambda tree: gx.gefen(1e-3, backend="mosaic"),
     "gefen, fused, mosaic": lambda tree: gx.fused_gefen(1e-3, backend="mosaic"),
+    "gefen, shared blocks, mosaic": lambda tree: gx.gefen(
+        1e-3, plan=gx.plan_by_shape(tree, kind="shared_blocks"), backend="mosaic"
+    ),
+    "gefen, shared blocks, fused, mosaic": lambda tree: gx.fused_gefen(
+        1e-3, plan=gx.plan_by_shape(tree, kind="shared_blocks"), backend="mosaic"
+    ),
 }
 NOTE = "Compiled ahead of time for an H200; not measured on a GPU."
 COLUMNS = (

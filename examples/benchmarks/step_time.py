@@ -64,21 +64,34 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "optax.lion": lambda tree: optax.lion(_RATE),
     "optax.contrib.muon": lambda tree: optax.contrib.muon(_RATE),
     "gx.flash_adamw": lambda tree: gx.flash_adamw(_RATE),
-    "gefen": lambda tree: gx.gefen(_RATE),
-    "gefen, fused": lambda tree: gx.fused_gefen(_RATE),
-    "gefen, shared blocks": lambda tree: gx.gefen(
-        _RATE, plan=gx.plan_by_shape(tree, kind="shared_blocks")
-    ),
-    "gefen, fused, split weights": lambda tree: gx.with_split_weights(gx.fused_gefen(_RATE)),
 }
-for _kernel in _KERNELS:
-    OPTIMIZERS |= {
-        f"gefen, {_kernel}": lambda tree, name=_kernel: gx.gefen(_RATE, backend=name),
-        f"gefen, fused, {_kernel}": lambda tree, name=_kernel: gx.fused_gefen(_RATE, backend=name),
-        f"gefen, fused, split weights, {_kernel}": lambda tree, name=_kernel: gx.with_split_weights(
-            gx.fused_gefen(_RATE, backend=name)
+
+
+def _shared(tree: Any) -> gx.Plan:
+    return gx.plan_by_shape(tree, kind="shared_blocks")
+
+
+def _of_backend(backend: str | None) -> dict[str, Callable[[Any], Any]]:
+    """The forms of gefen, by the plain code or by a kernel."""
+
+    def fused(tree: Any, plan: gx.Plan | None = None) -> gx.FusedGefen:
+        return gx.fused_gefen(_RATE, plan=plan, backend=backend)
+
+    forms: dict[str, Callable[[Any], Any]] = {
+        "gefen": lambda tree: gx.gefen(_RATE, backend=backend),
+        "gefen, fused": fused,
+        "gefen, shared blocks": lambda tree: gx.gefen(_RATE, plan=_shared(tree), backend=backend),
+        "gefen, shared blocks, fused": lambda tree: fused(tree, _shared(tree)),
+        "gefen, fused, split weights": lambda tree: gx.with_split_weights(fused(tree)),
+        "gefen, shared blocks, fused, split weights": lambda tree: gx.with_split_weights(
+            fused(tree, _shared(tree))
         ),
     }
+    return forms if backend is None else {f"{name}, {backend}": f for name, f in forms.items()}
+
+
+for _backend in (None, *_KERNELS):
+    OPTIMIZERS |= _of_backend(_backend)
 # Of weights and gradients in bfloat16.
 FLASHOPTIM_JAX = "flashoptim-jax"
 

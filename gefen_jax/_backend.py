@@ -1,20 +1,23 @@
 """The one place that knows which device it is on, and which implementation runs there."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from gefen_jax._blocks import Shape
 from gefen_jax._chunks import Chunk
 from gefen_jax._dither import Place
+from gefen_jax._joined import advance_joined
 from gefen_jax._not_differentiable import not_differentiable
-from gefen_jax._shards import is_spread, shards_of
+from gefen_jax._shards import free_axes, is_spread, shards_of
 from gefen_jax._specs import Partition, fitting_spec
 from gefen_jax._step import by_equal_runs
-from gefen_jax._types import Kind, Moments, Step
+from gefen_jax._types import JoinedKind, Kind, Moments, Move, Step
 from gefen_jax._varying import varying_alike
 
 _KERNELS = ("triton", "mosaic", "jax_triton")
@@ -35,6 +38,9 @@ class Advance(Protocol):
 
 # Elements of a piece on a CPU: its few float32 intermediates fit in the second-level cache.
 CHUNK = 1 << 18
+
+# Of a turn through several leaves: the more, the less its many small copies cost.
+JOINED_CHUNK = 1 << 19
 
 # And on a GPU: many enough that its kernels take longer than their start, and few
 # enough for temporaries of 20 to 40 MB.
@@ -110,6 +116,64 @@ def in_best_form(
 
     g, state = not_differentiable((g, state), NO_DERIVATIVE)
     return by_equal_runs(one_size, g, state, block)
+
+
+def joined_run(kind: Kind, g: Array, moments: Moments, backend: str | None) -> int | None:
+    """The run of a leaf's blocks, if leaves of equal runs can be stepped together, else None."""
+    if backend in _KERNELS or not isinstance(kind, JoinedKind):
+        return None
+    meshes = (jax.typeof(x).sharding.mesh for x in (g, *jax.tree.leaves(moments)))
+    return None if any(map(free_axes, meshes)) else kind.run(g.shape)
+
+
+def joins_weight(kind: Kind, weight: Array, move: Move) -> bool:
+    """Whether a leaf with a `joined_run` can take its weight along into a loop of several.
+
+    Not one of 16 bits: as XLA on a CPU cannot write to a part of it, there would be new arrays of
+    several leaves at a time.
+    """
+    if not isinstance(kind, JoinedKind) or kind.advance(move) is None:
+        return False
+    wide = jnp.result_type(weight).itemsize > 2
+    return wide and not free_axes(jax.typeof(weight).sharding.mesh)
+
+
+def in_joined_form(
+    advance: Advance,
+    gradients: Sequence[Array],
+    states: Sequence[Any],
+    arrays: dict[str, Any],
+    phases: Sequence[Array],
+    *,
+    run: int,
+    size: int,
+    static: dict[str, Any],
+    alone: Callable[[int, Array, Any, dict[str, Any]], Any],
+    after: Callable[[int, Array, Any, dict[str, Any]], Any],
+) -> list[Any]:
+    """The steps of leaves that have a `joined_run`, and the same one.
+
+    On a CPU ``after(leaf, g, state, arrays)`` of the states that ``advance`` makes of all in one
+    loop, about ``size`` elements in every turn. Elsewhere it is ``alone(leaf, g, state, arrays)``:
+    what loops cost there was not measured, and several leaves at a time are more temporaries.
+    ``arrays``, to which their phases are added, and ``static`` are the fields of a `Step`.
+    """
+
+    def each(function: Callable[..., Any], gradients: Any, states: Any, arrays: Any, phases: Any):
+        leaves = enumerate(zip(gradients, states, phases, strict=True))
+        return [function(i, g, x, arrays | {"phase": phase}) for i, (g, x, phase) in leaves]
+
+    def together(gradients: Any, states: Any, arrays: Any, phases: Any) -> Any:
+        step = Step(**arrays, **static, phase=phases[0])
+        new = advance_joined(advance, gradients, states, run, step, jnp.stack(phases), size)
+        return each(after, gradients, new, arrays, phases)
+
+    gradients, states = not_differentiable((gradients, states), NO_DERIVATIVE)
+    return jax.lax.platform_dependent(
+        *varying_alike((gradients, states, arrays, phases)),
+        cpu=together,
+        default=functools.partial(each, alone),
+    )
 
 
 # The fields of a Step that hold arrays.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from gefen_jax._backend import by_the_compiler
+from gefen_jax._backend import JOINED_CHUNK, by_the_compiler, in_joined_form, joins_weight
 from gefen_jax._dither import Place, dither, positions
 from gefen_jax._release_part import Part
 from gefen_jax._shards import shards_of
@@ -61,6 +61,26 @@ def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, r
     return weight._replace(high=shards.back_home(weight.high)), moments
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("kinds", "run", "size", "nesterov", "exact_lookup", "backend"),
+)
+def _step_joined(weights, gradients, moments, arrays, phases, *, kinds, run, size, **static):
+    """What `_step_jitted` gives of each; whole leaves that can be stepped together, not split."""
+
+    def alone(i, g, both, arrays):
+        about = {"kind": kinds[i], "partition": None, "rounding": None, **static}
+        return _step_jitted(both[0], g, both[1], arrays, None, None, **about)
+
+    def after(i, g, both, arrays):
+        return both
+
+    states = [(Weight(p, None), m) for p, m in zip(weights, moments, strict=True)]
+    advance = kinds[0].advance(_PLAIN)
+    how = {"run": run, "size": size, "static": static, "alone": alone, "after": after}
+    return in_joined_form(advance, gradients, states, arrays, phases, **how)
+
+
 class _Move(NamedTuple):
     """The weight after its update: as `Step.moved`, or as `with_split_weights` has it."""
 
@@ -90,6 +110,9 @@ class _Move(NamedTuple):
         return Weight(high, low)
 
 
+_PLAIN = _Move(None, None)
+
+
 def step_part(
     recipe: Recipe,
     part: Part,
@@ -110,7 +133,7 @@ def step_part(
             Weight(p, None if low is None else low.correction),
             leaf.g,
             leaf.moments,
-            leaf.arrays | {"rates": rates[leaf.number]},
+            leaf.arrays | {"phase": leaf.phase, "rates": rates[leaf.number]},
             None if low is None else low.phase,
             part.place(leaf.spec.shape),
             kind=leaf.kind,
@@ -123,5 +146,23 @@ def step_part(
             lows[path] = weight.low
         return new
 
-    new_state = step_leaves(recipe, grads, state, visit, part.kinds)
+    def visit_joined(run: int, joined: Sequence[LeafStep]) -> list[Moments]:
+        weights = [leaves[leaf.number] for leaf in joined]
+        for leaf, p in zip(joined, weights, strict=True):
+            check_parameter(leaf.spec, p)
+        gs, moments, phases, kinds = zip(*((x.g, x.moments, x.phase, x.kind) for x in joined))
+        arrays = joined[0].arrays | {"rates": rates[joined[0].number]}
+        about = {"kinds": kinds, "run": run, "size": JOINED_CHUNK, **joined[0].static}
+        results = _step_joined(weights, gs, moments, arrays, phases, **about)
+        for leaf, (weight, _) in zip(joined, results, strict=True):
+            leaves[leaf.number] = weight.high
+        return [new for _, new in results]
+
+    def apart(leaf: LeafStep) -> Any:
+        p, path = leaves[leaf.number], leaf.spec.path
+        if part.layer is not None or part.lows.get(path) is not None or not joins_weight(leaf.kind, p, _PLAIN):
+            return None
+        return jnp.result_type(p), rates[leaf.number].weight_decay is None
+
+    new_state = step_leaves(recipe, grads, state, visit, visit_joined, part.kinds, apart)
     return treedef.unflatten(leaves), new_state, lows

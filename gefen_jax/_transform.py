@@ -13,7 +13,13 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from gefen_jax._backend import check_backend, update_leaf
+from gefen_jax._backend import (
+    JOINED_CHUNK,
+    check_backend,
+    in_joined_form,
+    joined_run,
+    update_leaf,
+)
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._candidates import kinds_by_shape
 from gefen_jax._constants import LEVELS
@@ -24,7 +30,7 @@ from gefen_jax._paths import LeafSpec, check_names, leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._plan import Plan
 from gefen_jax._specs import Partition
-from gefen_jax._types import Decay, Kind, Moments
+from gefen_jax._types import Decay, Kind, Moments, Step
 
 
 class ScaleByGefenState(NamedTuple):
@@ -76,6 +82,26 @@ _STATIC = ("kind", "partition", "nesterov", "exact_lookup", "backend")
 def _update_leaf(g, moments, arrays, *, kind, partition, **static):
     """One leaf. Jitted so that leaves of equal shape are traced and lowered once."""
     return update_leaf(kind, partition, g, moments, arrays, static)
+
+
+@functools.partial(jax.jit, static_argnames=("kinds", "run", "size", *_STATIC[2:]))
+def _update_joined(gradients, moments, arrays, phases, *, kinds, run, size, **static):
+    """What `_update_leaf` gives of each; leaves that can be stepped together."""
+
+    def alone(i, g, moments, arrays):
+        return _update_leaf(g, moments, arrays, kind=kinds[i], partition=None, **static)
+
+    def after(i, g, moments, arrays):
+        return _direction(g, moments, arrays, kind=kinds[i], **static), moments
+
+    how = {"run": run, "size": size, "static": static, "alone": alone, "after": after}
+    return in_joined_form(kinds[0].advance(), gradients, moments, arrays, phases, **how)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", *_STATIC[2:]))
+def _direction(g, moments, arrays, *, kind, **static):
+    """The update of one leaf after its step, in the gradient's dtype."""
+    return kind.direction(g, moments, Step(**arrays, **static)).astype(g.dtype)
 
 
 class Recipe(NamedTuple):
@@ -260,12 +286,20 @@ def scale_by_gefen(
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
 
         def visit(leaf: LeafStep) -> Moments:
-            args = leaf.g, leaf.moments, leaf.arrays
+            args = leaf.g, leaf.moments, leaf.arrays | {"phase": leaf.phase}
             about = {"kind": leaf.kind, "partition": leaf.partition, **leaf.static}
             leaves[leaf.number], new = _update_leaf(*args, **about)
             return new
 
-        new_state = step_leaves(recipe, updates, state, visit)
+        def visit_joined(run: int, joined: Sequence[LeafStep]) -> list[Moments]:
+            gs, moments, phases, kinds = zip(*((x.g, x.moments, x.phase, x.kind) for x in joined))
+            about = {"kinds": kinds, "run": run, "size": JOINED_CHUNK, **joined[0].static}
+            results = _update_joined(gs, moments, joined[0].arrays, phases, **about)
+            for leaf, (update, _) in zip(joined, results, strict=True):
+                leaves[leaf.number] = update
+            return [new for _, new in results]
+
+        new_state = step_leaves(recipe, updates, state, visit, visit_joined)
         return treedef.unflatten(leaves), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -280,7 +314,8 @@ class LeafStep(NamedTuple):
     partition: Partition | None  # how the plan says that the leaf is cut
     g: Any
     moments: Moments
-    arrays: dict[str, Any]  # the fields of a `Step`; those that are traced
+    phase: Any
+    arrays: dict[str, Any]  # the other fields of a `Step`, the same for all leaves: traced ones
     static: dict[str, Any]
 
 
@@ -289,11 +324,14 @@ def step_leaves(
     grads: optax.Updates,
     state: Any,  # checked
     visit: Callable[[LeafStep], Moments],
+    visit_joined: Callable[[int, Sequence[LeafStep]], Sequence[Moments]],
     kinds: Mapping[str, Kind] | None = None,
+    apart: Callable[[LeafStep], Any] = lambda leaf: (),
 ) -> ScaleByGefenState:
     """The state after ``visit`` of every leaf that has a gradient, which returns its new moments.
 
-    Of leaves at hand that are parts of others, ``kinds`` says what the whole ones are.
+    Several leaves that can be stepped together are given to ``visit_joined``, with the run of their
+    blocks; ``apart`` says what else they must have in common, or None. Of leaves at hand that are parts of others, ``kinds`` says what the whole ones are.
     """
     if not all(hasattr(state, field) for field in ScaleByGefenState._fields):
         raise ValueError(
@@ -313,16 +351,42 @@ def step_leaves(
         "levels": make_levels(state.codebook4),
     }
     static = {name: getattr(recipe, name) for name in ("nesterov", "exact_lookup", "backend")}
-    phases = leaf_phases([spec.path for spec in specs], jnp.asarray(count))
+    phases, leaves = leaf_phases([spec.path for spec in specs], jnp.asarray(count)), []
     for i, ((_, g), spec) in enumerate(zip(flat, specs, strict=True)):
         if g is not None and spec.trained:
             _check_gradient(spec, g)
-            own = arrays | {"phase": phases[i]}
             partition = None if recipe.plan is None else recipe.plan[spec.path].partition
-            leaf = LeafStep(i, spec, kinds[spec.path], partition, g, moments[i], own, static)
-            moments[i] = visit(leaf)
+            about = kinds[spec.path], partition, g, moments[i], phases[i], arrays, static
+            leaves.append(LeafStep(i, spec, *about))
+    for run, joined in _groups(leaves, apart):
+        new = [visit(joined[0])] if len(joined) == 1 else visit_joined(run, joined)
+        for leaf, of_leaf in zip(joined, new, strict=True):
+            moments[leaf.number] = of_leaf
     slots = by_slot(treedef, moments)
     return ScaleByGefenState(jnp.asarray(count), state.codebook, state.codebook4, **slots)
+
+
+# Leaves of one loop at most: a turn's small copies, a few for each of them, take time, too.
+_JOINED_LEAVES = 64
+
+
+def _groups(
+    leaves: Sequence[LeafStep], apart: Callable[[LeafStep], Any]
+) -> list[tuple[int, list[LeafStep]]]:
+    """All leaves, those together that can be stepped together, with the run of their blocks."""
+    groups: dict[Any, list[LeafStep]] = {}
+    for leaf in leaves:
+        run = joined_run(leaf.kind, leaf.g, leaf.moments, leaf.static["backend"])
+        also = apart(leaf)
+        alike = run is not None and also is not None
+        dtype = jnp.result_type(leaf.g)
+        key = (run, type(leaf.kind), dtype, also) if alike else (0, leaf.number)
+        groups.setdefault(key, []).append(leaf)
+    return [
+        (key[0], group[i : i + _JOINED_LEAVES])
+        for key, group in groups.items()
+        for i in range(0, len(group), _JOINED_LEAVES)
+    ]
 
 
 def by_slot(treedef: Any, moments: list[Moments]) -> dict[str, Any]:

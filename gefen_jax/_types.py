@@ -1,5 +1,6 @@
 """What the parts of the package hand to each other."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -183,4 +184,27 @@ class FusedKind(Kind, Protocol):
         self, weight: Any, g: Array, moments: Moments, step: Step, move: Move
     ) -> tuple[Any, Moments]:
         """One step: what ``move`` makes of the weight, a tree of arrays like the leaf."""
+        ...
+
+
+@runtime_checkable
+class JoinedKind(Kind, Protocol):
+    """A kind whose leaves can be stepped together, in one loop (`gefen_jax._joined`)."""
+
+    def run(self, shape: Shape) -> int | None:
+        """The length of a leaf's blocks where they are runs of consecutive elements, else None.
+
+        With it, leaves of any shapes are stepped as leaves of blocks ``(1, run)``.
+        """
+        ...
+
+    def advance(self, move: Move | None = None) -> Callable[..., Any] | None:
+        """What takes the gradient into the moments, a `gefen_jax._backend.Advance`.
+
+        With ``move``, into the weight and the moments; None if this kind takes no weight along.
+        """
+        ...
+
+    def direction(self, g: Array, moments: Moments, step: Step) -> Array:
+        """The direction, float32, from the moments that ``advance`` made."""
         ...

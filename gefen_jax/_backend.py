@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, UInt32
 
 from gefen_jax._blocks import Shape
 from gefen_jax._chunks import Chunk
@@ -143,7 +143,7 @@ def in_joined_form(
     gradients: Sequence[Array],
     states: Sequence[Any],
     arrays: dict[str, Any],
-    phases: Sequence[Array],
+    phases: UInt32[Array, "leaves two"],
     *,
     run: int,
     size: int,
@@ -160,12 +160,12 @@ def in_joined_form(
     """
 
     def each(function: Callable[..., Any], gradients: Any, states: Any, arrays: Any, phases: Any):
-        leaves = enumerate(zip(gradients, states, phases, strict=True))
-        return [function(i, g, x, arrays | {"phase": phase}) for i, (g, x, phase) in leaves]
+        leaves = enumerate(zip(gradients, states, strict=True))
+        return [function(i, g, x, arrays | {"phase": phases[i]}) for i, (g, x) in leaves]
 
     def together(gradients: Any, states: Any, arrays: Any, phases: Any) -> Any:
         step = Step(**arrays, **static, phase=phases[0])
-        new = advance_joined(advance, gradients, states, run, step, jnp.stack(phases), size)
+        new = advance_joined(advance, gradients, states, run, step, phases, size)
         return each(after, gradients, new, arrays, phases)
 
     gradients, states = not_differentiable((gradients, states), NO_DERIVATIVE)

@@ -20,6 +20,7 @@ from gefen_jax._release_part import Part
 from gefen_jax._shards import shards_of
 from gefen_jax._split import advance, merge
 from gefen_jax._transform import (
+    Joined,
     LeafStep,
     Recipe,
     ScaleByGefenState,
@@ -146,15 +147,15 @@ def step_part(
             lows[path] = weight.low
         return new
 
-    def visit_joined(run: int, joined: Sequence[LeafStep]) -> list[Moments]:
-        weights = [leaves[leaf.number] for leaf in joined]
-        for leaf, p in zip(joined, weights, strict=True):
+    def visit_joined(joined: Joined) -> list[Moments]:
+        weights = [leaves[leaf.number] for leaf in joined.leaves]
+        for leaf, p in zip(joined.leaves, weights, strict=True):
             check_parameter(leaf.spec, p)
-        gs, moments, phases, kinds = zip(*((x.g, x.moments, x.phase, x.kind) for x in joined))
-        arrays = joined[0].arrays | {"rates": rates[joined[0].number]}
-        about = {"kinds": kinds, "run": run, "size": JOINED_CHUNK, **joined[0].static}
-        results = _step_joined(weights, gs, moments, arrays, phases, **about)
-        for leaf, (weight, _) in zip(joined, results, strict=True):
+        arrays = joined.arrays | {"rates": rates[joined.leaves[0].number]}
+        args = weights, joined.gradients, joined.moments, arrays, joined.phases
+        about = {"kinds": joined.kinds, "run": joined.run, "size": JOINED_CHUNK}
+        results = _step_joined(*args, **about, **joined.static)
+        for leaf, (weight, _) in zip(joined.leaves, results, strict=True):
             leaves[leaf.number] = weight.high
         return [new for _, new in results]
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from gefen_jax._backend import (
     JOINED_CHUNK,
@@ -291,11 +291,11 @@ def scale_by_gefen(
             leaves[leaf.number], new = _update_leaf(*args, **about)
             return new
 
-        def visit_joined(run: int, joined: Sequence[LeafStep]) -> list[Moments]:
-            gs, moments, phases, kinds = zip(*((x.g, x.moments, x.phase, x.kind) for x in joined))
-            about = {"kinds": kinds, "run": run, "size": JOINED_CHUNK, **joined[0].static}
-            results = _update_joined(gs, moments, joined[0].arrays, phases, **about)
-            for leaf, (update, _) in zip(joined, results, strict=True):
+        def visit_joined(joined: Joined) -> list[Moments]:
+            about = {"kinds": joined.kinds, "run": joined.run, "size": JOINED_CHUNK}
+            args = joined.gradients, joined.moments, joined.arrays, joined.phases
+            results = _update_joined(*args, **about, **joined.static)
+            for leaf, (update, _) in zip(joined.leaves, results, strict=True):
                 leaves[leaf.number] = update
             return [new for _, new in results]
 
@@ -319,19 +319,47 @@ class LeafStep(NamedTuple):
     static: dict[str, Any]
 
 
+class Joined(NamedTuple):
+    """Leaves that can be stepped together."""
+
+    run: int  # the length of their blocks
+    leaves: Sequence[LeafStep]
+    phases: UInt32[Array, "leaves two"]
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        return self.leaves[0].arrays
+
+    @property
+    def static(self) -> dict[str, Any]:
+        return self.leaves[0].static
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(leaf.kind for leaf in self.leaves)
+
+    @property
+    def gradients(self) -> list[Any]:
+        return [leaf.g for leaf in self.leaves]
+
+    @property
+    def moments(self) -> list[Moments]:
+        return [leaf.moments for leaf in self.leaves]
+
+
 def step_leaves(
     recipe: Recipe,
     grads: optax.Updates,
     state: Any,  # checked
     visit: Callable[[LeafStep], Moments],
-    visit_joined: Callable[[int, Sequence[LeafStep]], Sequence[Moments]],
+    visit_joined: Callable[[Joined], Sequence[Moments]],
     kinds: Mapping[str, Kind] | None = None,
     apart: Callable[[LeafStep], Any] = lambda leaf: (),
 ) -> ScaleByGefenState:
     """The state after ``visit`` of every leaf that has a gradient, which returns its new moments.
 
-    Several leaves that can be stepped together are given to ``visit_joined``, with the run of their
-    blocks; ``apart`` says what else they must have in common, or None. Of leaves at hand that are parts of others, ``kinds`` says what the whole ones are.
+    Several leaves that can be stepped together are given to ``visit_joined``; ``apart`` says what
+    else they must have in common, or None for a leaf that stays alone. Of leaves at hand that are parts of others, ``kinds`` says what the whole ones are.
     """
     if not all(hasattr(state, field) for field in ScaleByGefenState._fields):
         raise ValueError(
@@ -358,9 +386,12 @@ def step_leaves(
             partition = None if recipe.plan is None else recipe.plan[spec.path].partition
             about = kinds[spec.path], partition, g, moments[i], phases[i], arrays, static
             leaves.append(LeafStep(i, spec, *about))
-    for run, joined in _groups(leaves, apart):
-        new = [visit(joined[0])] if len(joined) == 1 else visit_joined(run, joined)
-        for leaf, of_leaf in zip(joined, new, strict=True):
+    for run, group in _groups(leaves, apart):
+        if len(group) == 1:
+            new = [visit(group[0])]
+        else:
+            new = visit_joined(Joined(run, group, phases[np.array([x.number for x in group])]))
+        for leaf, of_leaf in zip(group, new, strict=True):
             moments[leaf.number] = of_leaf
     slots = by_slot(treedef, moments)
     return ScaleByGefenState(jnp.asarray(count), state.codebook, state.codebook4, **slots)

@@ -2,10 +2,9 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, UInt32
 
@@ -17,7 +16,7 @@ from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._shards import free_axes, is_spread, shards_of
 from gefen_jax._specs import Partition, fitting_spec
 from gefen_jax._step import by_equal_runs
-from gefen_jax._types import JoinedKind, Kind, Moments, Move, Step
+from gefen_jax._types import JoinedKind, Kind, Moments, Step
 from gefen_jax._varying import varying_alike
 
 _KERNELS = ("triton", "mosaic", "jax_triton")
@@ -110,9 +109,8 @@ def in_best_form(
         # temporaries of all of them; loops run one after the other.
         large = form(on_gpu or advance, Chunk(min(GPU_CHUNK, g.size // 2)))
         small = form(advance, Chunk(CHUNK, narrow_in_place=False))
-        return jax.lax.platform_dependent(
-            *varying_alike(args), cpu=small, **dict.fromkeys(_GPUS, large), default=whole
-        )
+        forms = dict.fromkeys(_GPUS, large) | ({} if step.elsewhere else {"cpu": small})
+        return jax.lax.platform_dependent(*varying_alike(args), **forms, default=whole)
 
     g, state = not_differentiable((g, state), NO_DERIVATIVE)
     return by_equal_runs(one_size, g, state, block)
@@ -122,55 +120,54 @@ def joined_run(kind: Kind, g: Array, moments: Moments, backend: str | None) -> i
     """The run of a leaf's blocks, if leaves of equal runs can be stepped together, else None."""
     if backend in _KERNELS or not isinstance(kind, JoinedKind):
         return None
-    meshes = (jax.typeof(x).sharding.mesh for x in (g, *jax.tree.leaves(moments)))
-    return None if any(map(free_axes, meshes)) else kind.run(g.shape)
+    placed = any(map(is_placed, jax.tree.leaves((g, moments))))
+    return None if placed else kind.run(g.shape)
 
 
-def joins_weight(kind: Kind, weight: Array, move: Move) -> bool:
-    """Whether a leaf with a `joined_run` can take its weight along into a loop of several.
+class Leaf(NamedTuple):
+    """The arrays of a leaf that can be stepped together with others."""
 
-    Not one of 16 bits: as XLA on a CPU cannot write to a part of it, there would be new arrays of
-    several leaves at a time.
-    """
-    if not isinstance(kind, JoinedKind) or kind.advance(move) is None:
-        return False
-    wide = jnp.result_type(weight).itemsize > 2
-    return wide and not free_axes(jax.typeof(weight).sharding.mesh)
+    weight: Array | None  # of a fused step
+    g: Array
+    moments: Moments
+
+
+OfLeaf = Callable[[int, Leaf, dict[str, Any]], Any]
 
 
 def in_joined_form(
     advance: Advance,
-    gradients: Sequence[Array],
-    states: Sequence[Any],
+    leaves: Sequence[Leaf],
     arrays: dict[str, Any],
     phases: UInt32[Array, "leaves two"],
     *,
     run: int,
     size: int,
     static: dict[str, Any],
-    alone: Callable[[int, Array, Any, dict[str, Any]], Any],
-    after: Callable[[int, Array, Any, dict[str, Any]], Any],
+    alone: OfLeaf,
+    after: OfLeaf,
 ) -> list[Any]:
     """The steps of leaves that have a `joined_run`, and the same one.
 
-    On a CPU ``after(leaf, g, state, arrays)`` of the states that ``advance`` makes of all in one
-    loop, about ``size`` elements in every turn. Elsewhere it is ``alone(leaf, g, state, arrays)``:
-    what loops cost there was not measured, and several leaves at a time are more temporaries.
-    ``arrays``, to which their phases are added, and ``static`` are the fields of a `Step`.
+    On a CPU ``after(number, leaf, arrays)`` of leaves with the moments that ``advance`` makes of
+    all in one loop, about ``size`` elements a turn. Elsewhere it is ``alone(number, leaf, arrays)``
+    as they are: what loops cost there was not measured, and more leaves at a time are more
+    temporaries. ``arrays``, to which phases are added, and ``static`` are the fields of a `Step`.
     """
 
-    def each(function: Callable[..., Any], gradients: Any, states: Any, arrays: Any, phases: Any):
-        leaves = enumerate(zip(gradients, states, strict=True))
-        return [function(i, g, x, arrays | {"phase": phases[i]}) for i, (g, x) in leaves]
+    def each(function: OfLeaf, leaves: Sequence[Leaf], arrays: Any, phases: Any) -> list[Any]:
+        return [function(i, x, arrays | {"phase": phases[i]}) for i, x in enumerate(leaves)]
 
-    def together(gradients: Any, states: Any, arrays: Any, phases: Any) -> Any:
+    def together(leaves: Sequence[Leaf], arrays: Any, phases: Any) -> list[Any]:
         step = Step(**arrays, **static, phase=phases[0])
-        new = advance_joined(advance, gradients, states, run, step, phases, size)
-        return each(after, gradients, new, arrays, phases)
+        gradients, moments = [x.g for x in leaves], [x.moments for x in leaves]
+        new = advance_joined(advance, gradients, moments, run, step, phases, size)
+        stepped = [x._replace(moments=m) for x, m in zip(leaves, new, strict=True)]
+        return each(after, stepped, arrays, phases)
 
-    gradients, states = not_differentiable((gradients, states), NO_DERIVATIVE)
+    leaves = not_differentiable(leaves, NO_DERIVATIVE)
     return jax.lax.platform_dependent(
-        *varying_alike((gradients, states, arrays, phases)),
+        *varying_alike((leaves, arrays, phases)),
         cpu=together,
         default=functools.partial(each, alone),
     )
@@ -272,6 +269,11 @@ def apart(tree: Any) -> Any:
 def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
     moments, tables = apart((moments, tuple(getattr(step, name) for name in _TABLES)))
     return moments, step._replace(**dict(zip(_TABLES, tables, strict=True)))
+
+
+def is_placed(x: Array) -> bool:
+    """Whether an array lies on a mesh, if only one of one device: its axes may not be reshaped."""
+    return bool(free_axes(jax.typeof(x).sharding.mesh))
 
 
 def _on_a_mesh(x: Array) -> bool:

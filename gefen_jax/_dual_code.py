@@ -83,7 +83,7 @@ class DualCode:
         """One step; see `gefen_jax._dual_step` for the equations."""
         if (kernel := kernel_of(self.name, g, step.backend)) is not None:
             return kernel.update(g, moments, self.block, step)
-        new = in_best_form(self.advance(), g, moments, self.block, step)
+        new = in_best_form(self.advance, g, moments, self.block, step)
         return self.direction(g, new, step), new
 
     def fused(
@@ -92,18 +92,18 @@ class DualCode:
         """One step that takes the weight along."""
         if (kernel := kernel_of(self.name, g, step.backend)) is not None:
             return kernel.fused(weight, g, moments, self.block, step, move)
-        return in_best_form(self.advance(move), g, (weight, moments), self.block, step)
+        fused = functools.partial(fused_dual, packing=self._packing, move=move)
+        return in_best_form(fused, g, (weight, moments), self.block, step)
 
     def run(self, shape: Shape) -> int | None:
         """The block's length; None where its pairs, or its elements, are not one run's."""
         view = flat_view(shape, self.block)
         return view.period if view.inner == 1 and stretches(self.block) == 1 else None
 
-    def advance(self, move: Move | None = None) -> Advance:
-        """The step of the moments, or with ``move`` of the weight and the moments."""
-        if move is None:
-            return functools.partial(advance_dual, packing=self._packing)
-        return functools.partial(fused_dual, packing=self._packing, move=move)
+    @property
+    def advance(self) -> Advance:
+        """The step of the moments alone."""
+        return functools.partial(advance_dual, packing=self._packing)
 
     def direction(self, g: Array, moments: Moments, step: Step) -> Array:
         """An elementwise expression."""

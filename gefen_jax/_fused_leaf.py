@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from gefen_jax._backend import JOINED_CHUNK, by_the_compiler, in_joined_form, joins_weight
+from gefen_jax._backend import (
+    JOINED_CHUNK,
+    Leaf,
+    by_the_compiler,
+    in_joined_form,
+    is_placed,
+)
 from gefen_jax._dither import Place, dither, positions
 from gefen_jax._release_part import Part
 from gefen_jax._shards import shards_of
@@ -29,10 +35,12 @@ from gefen_jax._transform import (
 )
 from gefen_jax._types import FusedKind, Moments, Rates, Rounding, Step, Weight
 
+_STATIC = ("nesterov", "exact_lookup", "backend", "elsewhere")  # fields of a `Step`
+
 
 @functools.partial(
     jax.jit,
-    static_argnames=("kind", "partition", "rounding", "nesterov", "exact_lookup", "backend"),
+    static_argnames=("kind", "partition", "rounding", *_STATIC),
 )
 def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, rounding, **static):
     """The new weight and moments; jitted so that leaves of equal shape are traced once.
@@ -64,22 +72,29 @@ def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, r
 
 @functools.partial(
     jax.jit,
-    static_argnames=("kinds", "run", "size", "nesterov", "exact_lookup", "backend"),
+    static_argnames=("kinds", "run", "size", *_STATIC),
 )
-def _step_joined(weights, gradients, moments, arrays, phases, *, kinds, run, size, **static):
+def _step_joined(leaves, arrays, phases, *, kinds, run, size, **static):
     """What `_step_jitted` gives of each; whole leaves that can be stepped together, not split."""
 
-    def alone(i, g, both, arrays):
-        about = {"kind": kinds[i], "partition": None, "rounding": None, **static}
-        return _step_jitted(both[0], g, both[1], arrays, None, None, **about)
+    def alone(i, leaf, arrays):
+        about = {"kind": kinds[i], "partition": None, "rounding": None, "elsewhere": True}
+        return _step_jitted(
+            Weight(leaf.weight, None), *leaf[1:], arrays, None, None, **about, **static
+        )
 
-    def after(i, g, both, arrays):
-        return both
+    def after(i, leaf, arrays):
+        return _moved(*leaf, arrays, kind=kinds[i], **static), leaf.moments
 
-    states = [(Weight(p, None), m) for p, m in zip(weights, moments, strict=True)]
-    advance = kinds[0].advance(_PLAIN)
     how = {"run": run, "size": size, "static": static, "alone": alone, "after": after}
-    return in_joined_form(advance, gradients, states, arrays, phases, **how)
+    return in_joined_form(kinds[0].advance, leaves, arrays, phases, **how)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", *_STATIC))
+def _moved(p, g, moments, arrays, *, kind, **static):
+    """The weight of one leaf after the step of its moments: one elementwise expression."""
+    step = Step(**arrays, **static)
+    return Weight(step.moved(p, kind.direction(g, moments, step)), None)
 
 
 class _Move(NamedTuple):
@@ -109,9 +124,6 @@ class _Move(NamedTuple):
         # As `optax.apply_updates` adds: so corrections are those of the unfused form, bit for bit.
         high = (merge(weight.high, None) + delta).astype(weight.high.dtype)
         return Weight(high, low)
-
-
-_PLAIN = _Move(None, None)
 
 
 def step_part(
@@ -148,22 +160,22 @@ def step_part(
         return new
 
     def visit_joined(joined: Joined) -> list[Moments]:
-        weights = [leaves[leaf.number] for leaf in joined.leaves]
-        for leaf, p in zip(joined.leaves, weights, strict=True):
-            check_parameter(leaf.spec, p)
-        arrays = joined.arrays | {"rates": rates[joined.leaves[0].number]}
-        args = weights, joined.gradients, joined.moments, arrays, joined.phases
+        for leaf in joined.leaves:
+            check_parameter(leaf.spec, leaves[leaf.number])
+        parts = [Leaf(leaves[leaf.number], leaf.g, leaf.moments) for leaf in joined.leaves]
+        first = joined.leaves[0]
+        arrays = first.arrays | {"rates": rates[first.number]}
         about = {"kinds": joined.kinds, "run": joined.run, "size": JOINED_CHUNK}
-        results = _step_joined(*args, **about, **joined.static)
+        results = _step_joined(parts, arrays, joined.phases, **about, **first.static)
         for leaf, (weight, _) in zip(joined.leaves, results, strict=True):
             leaves[leaf.number] = weight.high
         return [new for _, new in results]
 
     def apart(leaf: LeafStep) -> Any:
-        p, path = leaves[leaf.number], leaf.spec.path
-        if part.layer is not None or part.lows.get(path) is not None or not joins_weight(leaf.kind, p, _PLAIN):
+        split = part.lows.get(leaf.spec.path) is not None
+        if part.layer is not None or split or is_placed(leaves[leaf.number]):
             return None
-        return jnp.result_type(p), rates[leaf.number].weight_decay is None
+        return rates[leaf.number].weight_decay is None
 
     new_state = step_leaves(recipe, grads, state, visit, visit_joined, part.kinds, apart)
     return treedef.unflatten(leaves), new_state, lows

@@ -106,12 +106,14 @@ def advance_joined(
             for p, end in zip(rows.parts, rows.lasts, strict=True)
         ]
 
+        at = [jax.lax.dynamic_slice(jnp.asarray(x), (n >> 31,), (1,))[0] for x in offsets]
+
         def read(xs: Sequence[Array]) -> Array:
-            pieces = [
-                jax.lax.dynamic_slice_in_dim(x, start, p)
-                for x, start, p in zip(xs, starts, rows.parts, strict=True)
-            ]
-            return jnp.concatenate(pieces).reshape(rows.number, -1)
+            together = jax.lax.empty((rows.number, *xs[0].shape[1:]), xs[0].dtype)
+            for x, start, p, to in zip(xs, starts, rows.parts, at, strict=True):
+                piece = jax.lax.dynamic_slice_in_dim(x, start, p)
+                together = jax.lax.dynamic_update_slice_in_dim(together, piece, to, 0)
+            return together.reshape(rows.number, -1)
 
         begin = jnp.minimum(n * part, last)
         place = Place(((begin - offset) * np.uint32(run)).reshape(-1, 1, 1), (run, 1))
@@ -130,8 +132,7 @@ def advance_joined(
 
         def write(x: Array, value: Array, leaf: int) -> Array:
             value = value.reshape(rows.number, *x.shape[1:])
-            at = jax.lax.dynamic_slice(jnp.asarray(offsets[leaf]), (n >> 31,), (1,))[0]
-            piece = jax.lax.dynamic_slice_in_dim(value, at, rows.parts[leaf])
+            piece = jax.lax.dynamic_slice_in_dim(value, at[leaf], rows.parts[leaf])
             return jax.lax.dynamic_update_slice_in_dim(x, piece, starts[leaf], 0)
 
         return [[write(x, v, i) for x, v in zip(arrays[i], new, strict=True)] for i in leaves]

@@ -6,17 +6,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gefen_jax._backend import Advance, in_best_form
-from gefen_jax._blocks import (
-    Shape,
-    as_block,
-    check_block,
-    flat_view,
-    runs_divide,
-    stats_shape,
-)
+from gefen_jax._backend import in_best_form
+from gefen_jax._blocks import Shape, as_block, check_block, stats_shape
 from gefen_jax._step import advance, by_equal_runs, direction, read_moments, write_moments
-from gefen_jax._types import Codebooks, Moments, Move, Step
+from gefen_jax._types import Codebooks, Moments, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,22 +51,8 @@ class SharedBlocks:
     def update(self, g: Array, moments: Moments, step: Step) -> tuple[Array, Moments]:
         """One step; see `gefen_jax._step` for the equations."""
         new = in_best_form(advance, g, moments, self.block, step)
-        return self.direction(g, new, step), new
-
-    def run(self, shape: Shape) -> int | None:
-        """The block's length; None where its elements are not one run's, or blocks not equal."""
-        if not runs_divide(shape, self.block):
-            return None
-        view = flat_view(shape, self.block)
-        return view.period if view.inner == 1 else None
-
-    def advance(self, move: Move | None = None) -> Advance | None:
-        """The step of the moments."""
-        return advance if move is None else None
-
-    def direction(self, g: Array, moments: Moments, step: Step) -> Array:
-        """An elementwise expression."""
-        return direction(g, moments, self.block, step)
+        update = direction(g, new, self.block, step)
+        return update, new
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
         """Entries of the codebook times their scales, and every block's nu for all of it."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from gefen_jax._backend import (
     JOINED_CHUNK,
+    Leaf,
     check_backend,
     in_joined_form,
     joined_run,
@@ -75,7 +76,7 @@ def decay_at(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
     return Decay(b1, b2, one_minus_b1, one_minus_b2, eps, eps_root, *corrections)
 
 
-_STATIC = ("kind", "partition", "nesterov", "exact_lookup", "backend")
+_STATIC = ("kind", "partition", "nesterov", "exact_lookup", "backend", "elsewhere")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -85,17 +86,18 @@ def _update_leaf(g, moments, arrays, *, kind, partition, **static):
 
 
 @functools.partial(jax.jit, static_argnames=("kinds", "run", "size", *_STATIC[2:]))
-def _update_joined(gradients, moments, arrays, phases, *, kinds, run, size, **static):
+def _update_joined(leaves, arrays, phases, *, kinds, run, size, **static):
     """What `_update_leaf` gives of each; leaves that can be stepped together."""
 
-    def alone(i, g, moments, arrays):
-        return _update_leaf(g, moments, arrays, kind=kinds[i], partition=None, **static)
+    def alone(i, leaf, arrays):
+        about = {"kind": kinds[i], "partition": None, "elsewhere": True, **static}
+        return _update_leaf(*leaf[1:], arrays, **about)
 
-    def after(i, g, moments, arrays):
-        return _direction(g, moments, arrays, kind=kinds[i], **static), moments
+    def after(i, leaf, arrays):
+        return _direction(*leaf[1:], arrays, kind=kinds[i], **static), leaf.moments
 
     how = {"run": run, "size": size, "static": static, "alone": alone, "after": after}
-    return in_joined_form(kinds[0].advance(), gradients, moments, arrays, phases, **how)
+    return in_joined_form(kinds[0].advance, leaves, arrays, phases, **how)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", *_STATIC[2:]))
@@ -122,9 +124,15 @@ def _describe_state(state: Any) -> str:
     return ", ".join(f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in leaves) or "nothing"
 
 
+@functools.cache
+def _initial(kind: Kind, shape: tuple[int, ...]) -> Moments:
+    """The shapes and dtypes of a leaf's state. Kept: tracing them takes as long as a small step."""
+    return jax.eval_shape(lambda: kind.init(shape))
+
+
 def check_state(spec: LeafSpec, kind: Kind, moments: Moments) -> None:
     """The state must be the one that this kind of leaf starts with, in all but its values."""
-    expected = jax.eval_shape(lambda: kind.init(spec.shape))
+    expected = _initial(kind, spec.shape)
     same = jax.tree.structure(expected) == jax.tree.structure(moments) and all(
         e.shape == jnp.shape(s) and e.dtype == jnp.result_type(s)
         for e, s in zip(jax.tree.leaves(expected), jax.tree.leaves(moments), strict=True)
@@ -293,8 +301,9 @@ def scale_by_gefen(
 
         def visit_joined(joined: Joined) -> list[Moments]:
             about = {"kinds": joined.kinds, "run": joined.run, "size": JOINED_CHUNK}
-            args = joined.gradients, joined.moments, joined.arrays, joined.phases
-            results = _update_joined(*args, **about, **joined.static)
+            parts = [Leaf(None, leaf.g, leaf.moments) for leaf in joined.leaves]
+            first = joined.leaves[0]
+            results = _update_joined(parts, first.arrays, joined.phases, **about, **first.static)
             for leaf, (update, _) in zip(joined.leaves, results, strict=True):
                 leaves[leaf.number] = update
             return [new for _, new in results]
@@ -327,24 +336,8 @@ class Joined(NamedTuple):
     phases: UInt32[Array, "leaves two"]
 
     @property
-    def arrays(self) -> dict[str, Any]:
-        return self.leaves[0].arrays
-
-    @property
-    def static(self) -> dict[str, Any]:
-        return self.leaves[0].static
-
-    @property
     def kinds(self) -> tuple[Kind, ...]:
         return tuple(leaf.kind for leaf in self.leaves)
-
-    @property
-    def gradients(self) -> list[Any]:
-        return [leaf.g for leaf in self.leaves]
-
-    @property
-    def moments(self) -> list[Moments]:
-        return [leaf.moments for leaf in self.leaves]
 
 
 def step_leaves(
@@ -359,7 +352,8 @@ def step_leaves(
     """The state after ``visit`` of every leaf that has a gradient, which returns its new moments.
 
     Several leaves that can be stepped together are given to ``visit_joined``; ``apart`` says what
-    else they must have in common, or None for a leaf that stays alone. Of leaves at hand that are parts of others, ``kinds`` says what the whole ones are.
+    else they must have in common, or None for a leaf that stays alone. Of leaves at hand that are
+    parts of others, ``kinds`` says what the whole ones are.
     """
     if not all(hasattr(state, field) for field in ScaleByGefenState._fields):
         raise ValueError(

@@ -67,6 +67,7 @@ class Step(NamedTuple):
     backend: str | None
     rates: Rates | None = None  # of a fused step
     place: Place | None = None  # where the arrays at hand are a part of a leaf
+    elsewhere: bool = False  # it is known that no CPU runs this: its form need not be traced
 
     # Where a fused step does what Optax does, it is with its operations in its order
     # (`clip_by_global_norm`, `add_decayed_weights`, `scale_by_learning_rate`, `apply_updates`).
@@ -198,11 +199,9 @@ class JoinedKind(Kind, Protocol):
         """
         ...
 
-    def advance(self, move: Move | None = None) -> Callable[..., Any] | None:
-        """What takes the gradient into the moments, a `gefen_jax._backend.Advance`.
-
-        With ``move``, into the weight and the moments; None if this kind takes no weight along.
-        """
+    @property
+    def advance(self) -> Callable[..., Any]:
+        """What takes the gradient into the moments, a `gefen_jax._backend.Advance`."""
         ...
 
     def direction(self, g: Array, moments: Moments, step: Step) -> Array:

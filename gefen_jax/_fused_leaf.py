@@ -22,12 +22,11 @@ from gefen_jax._backend import (
     is_placed,
 )
 from gefen_jax._dither import Place, dither, positions
+from gefen_jax._groups import Joined, LeafStep
 from gefen_jax._release_part import Part
 from gefen_jax._shards import shards_of
 from gefen_jax._split import advance, merge
 from gefen_jax._transform import (
-    Joined,
-    LeafStep,
     Recipe,
     ScaleByGefenState,
     check_parameter,

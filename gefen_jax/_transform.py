@@ -11,14 +11,13 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
 from gefen_jax._backend import (
     JOINED_CHUNK,
     Leaf,
     check_backend,
     in_joined_form,
-    joined_run,
     update_leaf,
 )
 from gefen_jax._builtin import builtin_codebook
@@ -26,11 +25,11 @@ from gefen_jax._candidates import kinds_by_shape
 from gefen_jax._constants import LEVELS
 from gefen_jax._dither import leaf_phases
 from gefen_jax._encoder import lookup_is_exact, make_encoder
+from gefen_jax._groups import Joined, LeafStep, groups
 from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, check_names, leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._plan import Plan
-from gefen_jax._specs import Partition
 from gefen_jax._types import Decay, Kind, Moments, Step
 
 
@@ -314,32 +313,6 @@ def scale_by_gefen(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class LeafStep(NamedTuple):
-    """What there is to the step of one leaf."""
-
-    number: int  # among the leaves of the gradients
-    spec: LeafSpec
-    kind: Kind
-    partition: Partition | None  # how the plan says that the leaf is cut
-    g: Any
-    moments: Moments
-    phase: Any
-    arrays: dict[str, Any]  # the other fields of a `Step`, the same for all leaves: traced ones
-    static: dict[str, Any]
-
-
-class Joined(NamedTuple):
-    """Leaves that can be stepped together."""
-
-    run: int  # the length of their blocks
-    leaves: Sequence[LeafStep]
-    phases: UInt32[Array, "leaves two"]
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        return tuple(leaf.kind for leaf in self.leaves)
-
-
 def step_leaves(
     recipe: Recipe,
     grads: optax.Updates,
@@ -380,7 +353,7 @@ def step_leaves(
             partition = None if recipe.plan is None else recipe.plan[spec.path].partition
             about = kinds[spec.path], partition, g, moments[i], phases[i], arrays, static
             leaves.append(LeafStep(i, spec, *about))
-    for run, group in _groups(leaves, apart):
+    for run, group in groups(leaves, apart):
         if len(group) == 1:
             new = [visit(group[0])]
         else:
@@ -389,29 +362,6 @@ def step_leaves(
             moments[leaf.number] = of_leaf
     slots = by_slot(treedef, moments)
     return ScaleByGefenState(jnp.asarray(count), state.codebook, state.codebook4, **slots)
-
-
-# Leaves of one loop at most: a turn's small copies, a few for each of them, take time, too.
-_JOINED_LEAVES = 64
-
-
-def _groups(
-    leaves: Sequence[LeafStep], apart: Callable[[LeafStep], Any]
-) -> list[tuple[int, list[LeafStep]]]:
-    """All leaves, those together that can be stepped together, with the run of their blocks."""
-    groups: dict[Any, list[LeafStep]] = {}
-    for leaf in leaves:
-        run = joined_run(leaf.kind, leaf.g, leaf.moments, leaf.static["backend"])
-        also = apart(leaf)
-        alike = run is not None and also is not None
-        dtype = jnp.result_type(leaf.g)
-        key = (run, type(leaf.kind), dtype, also) if alike else (0, leaf.number)
-        groups.setdefault(key, []).append(leaf)
-    return [
-        (key[0], group[i : i + _JOINED_LEAVES])
-        for key, group in groups.items()
-        for i in range(0, len(group), _JOINED_LEAVES)
-    ]
 
 
 def by_slot(treedef: Any, moments: list[Moments]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import gefen_jax as gx
-from gefen_jax import _backend, _fused_leaf, _transform
+from gefen_jax import _backend, _fused_leaf, _groups, _transform
 from gefen_jax._joined import _Rows
 
 # Rows of 16 elements, the run of all blocks: a leaf of one row; sizes that share no divisor; one
@@ -50,7 +50,7 @@ def turns(monkeypatch):
     def set_turns(size: int, leaves: int = 64) -> None:
         for module in (_transform, _fused_leaf):
             monkeypatch.setattr(module, "JOINED_CHUNK", size)
-        monkeypatch.setattr(_transform, "_JOINED_LEAVES", leaves)
+        monkeypatch.setattr(_groups, "_JOINED_LEAVES", leaves)
 
     return set_turns
 

@@ -72,6 +72,46 @@ class _Rows(NamedTuple):
         return x.reshape(size, x.size // size) if x.size > size else x.reshape(size)
 
 
+class _Turn(NamedTuple):
+    """Where the rows of one turn are."""
+
+    rows: _Rows
+    starts: list[Array]  # in every leaf
+    offsets: list[Array]  # in what is put together
+
+    @classmethod
+    def at(cls, n: Array, rows: _Rows) -> "_Turn":
+        # Offsets are read from arrays, at an index that only looks as if it varied: constants would
+        # make the kernels of leaves of one shape differ, and each be compiled.
+        parts = zip(rows.parts, rows.lasts, rows.offsets, strict=True)
+        starts, offsets = [], []
+        for part, last, offset in parts:
+            starts.append(jnp.minimum(n * np.uint32(part), np.uint32(last)))
+            table = jnp.asarray(np.array([offset, 0], np.uint32))
+            offsets.append(jax.lax.dynamic_slice(table, (n >> 31,), (1,))[0])
+        return cls(rows, starts, offsets)
+
+    def read(self, leaves: Sequence[Array]) -> Array:
+        """The rows of all leaves, put together."""
+        together = jax.lax.empty((self.rows.number, *leaves[0].shape[1:]), leaves[0].dtype)
+        where = zip(leaves, self.starts, self.rows.parts, self.offsets, strict=True)
+        for x, start, part, offset in where:
+            piece = jax.lax.dynamic_slice_in_dim(x, start, part)
+            together = jax.lax.dynamic_update_slice_in_dim(together, piece, offset, 0)
+        return together.reshape(self.rows.number, -1)
+
+    def write(self, leaves: Sequence[Array], value: Array) -> list[Array]:
+        """The leaves with their rows replaced."""
+        value = value.reshape(self.rows.number, *leaves[0].shape[1:])
+        where = zip(leaves, self.starts, self.rows.parts, self.offsets, strict=True)
+        return [
+            jax.lax.dynamic_update_slice_in_dim(
+                x, jax.lax.dynamic_slice_in_dim(value, offset, part), start, 0
+            )
+            for x, start, part, offset in where
+        ]
+
+
 def advance_joined(
     advance: Callable[..., Any],
     gradients: Sequence[Array],
@@ -87,58 +127,35 @@ def advance_joined(
     of which every leaf has its own. A turn takes about ``size`` elements.
     """
     rows = _Rows.of([g.size // run for g in gradients], max(1, size // run))
-    leaves, treedef = range(len(gradients)), jax.tree.structure(states[0])
+    treedef, leaf_of = jax.tree.structure(states[0]), np.arange(len(gradients))
     grads = [rows.of_leaf(g, i) for i, g in enumerate(gradients)]
-    flat = [[rows.of_leaf(x, i) for x in jax.tree.leaves(states[i])] for i in leaves]
-    of_rows = phases[np.repeat(np.array(leaves), rows.parts)].T.reshape(2, rows.number, 1, 1)
-    part, last, offset = map(rows.spread, (rows.parts, rows.lasts, rows.offsets))
+    # Of every slot of the state the arrays of all leaves.
+    slots = zip(*(jax.tree.leaves(state) for state in states), strict=True)
+    flat = [[rows.of_leaf(x, i) for i, x in enumerate(slot)] for slot in slots]
+    phase = phases[np.repeat(leaf_of, rows.parts)].T.reshape(2, rows.number, 1, 1)
+    numbers = tuple(map(rows.spread, (rows.parts, rows.lasts, rows.offsets)))
     # Behind a barrier, or what a turn computes of them is computed, and stored, in front of all.
-    of_rows, part, last, offset = jax.lax.optimization_barrier((of_rows, part, last, offset))
-    # Where a leaf's rows are in a turn is read from an array, at an index that only looks as if it
-    # varied: a constant would make kernels of leaves of one shape differ, and each be compiled.
-    offsets = [np.array([x, 0], np.uint32) for x in rows.offsets]
+    phase, (part, last, offset) = jax.lax.optimization_barrier((phase, numbers))
 
-    def turn(n: Array, arrays: list[list[Array]]) -> list[list[Array]]:
+    def turn(n: Array, slots: list[list[Array]]) -> list[list[Array]]:
         # As `gefen_jax._pieces.Piece.tied` does, for gradients in bfloat16.
         n, constant = jax.lax.optimization_barrier((n, grads))
-        starts = [
-            jnp.minimum(n * np.uint32(p), np.uint32(end))
-            for p, end in zip(rows.parts, rows.lasts, strict=True)
-        ]
-
-        at = [jax.lax.dynamic_slice(jnp.asarray(x), (n >> 31,), (1,))[0] for x in offsets]
-
-        def read(xs: Sequence[Array]) -> Array:
-            together = jax.lax.empty((rows.number, *xs[0].shape[1:]), xs[0].dtype)
-            for x, start, p, to in zip(xs, starts, rows.parts, at, strict=True):
-                piece = jax.lax.dynamic_slice_in_dim(x, start, p)
-                together = jax.lax.dynamic_update_slice_in_dim(together, piece, to, 0)
-            return together.reshape(rows.number, -1)
-
-        begin = jnp.minimum(n * part, last)
-        place = Place(((begin - offset) * np.uint32(run)).reshape(-1, 1, 1), (run, 1))
-        here = step._replace(phase=of_rows, place=place)
-        old = [read(xs) for xs in zip(*arrays, strict=True)]
-        new = advance(
-            read(constant), treedef.unflatten(old), (1, run), here, chunk=Chunk(run * rows.number)
-        )
+        here, start = _Turn.at(n, rows), jnp.minimum(n * part, last)
+        place = Place(((start - offset) * np.uint32(run)).reshape(-1, 1, 1), (run, 1))
+        old, whole = [here.read(slot) for slot in slots], Chunk(run * rows.number)
+        args = here.read(constant), treedef.unflatten(old), (1, run)
+        new = advance(*args, step._replace(phase=phase, place=place), chunk=whole)
         new = treedef.flatten_up_to(new)
         if not rows.are_new:
-            row = jnp.arange(rows.number, dtype=jnp.uint32) - offset + begin
+            row = start + (jnp.arange(rows.number, dtype=jnp.uint32) - offset)
             is_new = (row >= n * part).reshape(-1, 1)
             new = [jnp.where(is_new, x, y) for x, y in zip(new, old, strict=True)]
         # Stored, or every leaf would compute its rows once more.
         new = jax.lax.optimization_barrier(new)
-
-        def write(x: Array, value: Array, leaf: int) -> Array:
-            value = value.reshape(rows.number, *x.shape[1:])
-            piece = jax.lax.dynamic_slice_in_dim(value, at[leaf], rows.parts[leaf])
-            return jax.lax.dynamic_update_slice_in_dim(x, piece, starts[leaf], 0)
-
-        return [[write(x, v, i) for x, v in zip(arrays[i], new, strict=True)] for i in leaves]
+        return [here.write(slot, x) for slot, x in zip(slots, new, strict=True)]
 
     flat = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(rows.turns), turn, flat)
     return [
         jax.tree.map(lambda x, old: x.reshape(old.shape), treedef.unflatten(xs), state)
-        for xs, state in zip(flat, states, strict=True)
+        for xs, state in zip(zip(*flat, strict=True), states, strict=True)
     ]

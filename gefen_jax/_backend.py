@@ -1,21 +1,23 @@
 """The one place that knows which device it is on, and which implementation runs there."""
 
+import functools
 import importlib
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, UInt32
 
 from gefen_jax._blocks import Shape
 from gefen_jax._chunks import Chunk
 from gefen_jax._dither import Place
+from gefen_jax._joined import advance_joined
 from gefen_jax._not_differentiable import not_differentiable
-from gefen_jax._shards import is_spread, shards_of
+from gefen_jax._shards import free_axes, is_spread, shards_of
 from gefen_jax._specs import Partition, fitting_spec
 from gefen_jax._step import by_equal_runs
-from gefen_jax._types import Kind, Moments, Step
+from gefen_jax._types import JoinedKind, Kind, Moments, Step
 from gefen_jax._varying import varying_alike
 
 _KERNELS = ("triton", "mosaic", "jax_triton")
@@ -36,6 +38,9 @@ class Advance(Protocol):
 
 # Elements of a piece on a CPU: its few float32 intermediates fit in the second-level cache.
 CHUNK = 1 << 18
+
+# Of a turn through several leaves: the more, the less its many small copies cost.
+JOINED_CHUNK = 1 << 19
 
 # And on a GPU: many enough that its kernels take longer than their start, and few
 # enough for temporaries of 20 to 40 MB.
@@ -119,12 +124,68 @@ def in_best_form(
         # temporaries of all of them; loops run one after the other.
         large = form(on_gpu or advance, Chunk(min(GPU_CHUNK, g.size // 2)))
         small = form(advance, Chunk(CHUNK, narrow_in_place=False))
-        return jax.lax.platform_dependent(
-            *varying_alike(args), cpu=small, **dict.fromkeys(_GPUS, large), default=whole
-        )
+        forms = dict.fromkeys(_GPUS, large) | ({} if step.elsewhere else {"cpu": small})
+        return jax.lax.platform_dependent(*varying_alike(args), **forms, default=whole)
 
     g, state = not_differentiable((g, state), NO_DERIVATIVE)
     return by_equal_runs(one_size, g, state, block)
+
+
+def joined_run(kind: Kind, g: Array, moments: Moments, backend: str | None) -> int | None:
+    """The run of a leaf's blocks, if leaves of equal runs can be stepped together, else None."""
+    if backend in _KERNELS or not isinstance(kind, JoinedKind):
+        return None
+    placed = any(map(is_placed, jax.tree.leaves((g, moments))))
+    return None if placed else kind.run(g.shape)
+
+
+class Leaf(NamedTuple):
+    """The arrays of a leaf that can be stepped together with others."""
+
+    weight: Array | None  # of a fused step
+    g: Array
+    moments: Moments
+
+
+OfLeaf = Callable[[int, Leaf, dict[str, Any]], Any]
+
+
+def in_joined_form(
+    advance: Advance,
+    leaves: Sequence[Leaf],
+    arrays: dict[str, Any],
+    phases: UInt32[Array, "leaves two"],
+    *,
+    run: int,
+    size: int,
+    static: dict[str, Any],
+    alone: OfLeaf,
+    after: OfLeaf,
+) -> list[Any]:
+    """The steps of leaves that have a `joined_run`, and the same one.
+
+    On a CPU ``after(number, leaf, arrays)`` of leaves with the moments that ``advance`` makes of
+    all in one loop, about ``size`` elements a turn. Elsewhere it is ``alone(number, leaf, arrays)``
+    as they are: what loops cost there was not measured, and more leaves at a time are more
+    temporaries. ``arrays``, to which phases are added, and ``static`` are the fields of a `Step`.
+    """
+
+    def each(function: OfLeaf, leaves: Sequence[Leaf], arrays: Any, phases: Any) -> list[Any]:
+        return [function(i, x, arrays | {"phase": phases[i]}) for i, x in enumerate(leaves)]
+
+    def together(leaves: Sequence[Leaf], arrays: Any, phases: Any) -> list[Any]:
+        step = Step(**arrays, **static, phase=phases[0])
+        gradients, moments = [x.g for x in leaves], [x.moments for x in leaves]
+        new = advance_joined(advance, gradients, moments, run, step, phases, size)
+        stepped = [x._replace(moments=m) for x, m in zip(leaves, new, strict=True)]
+        return each(after, stepped, arrays, phases)
+
+    leaves = not_differentiable(leaves, NO_DERIVATIVE)
+    return jax.lax.platform_dependent(
+        *varying_alike((leaves, arrays, phases)),
+        cpu=together,
+        default=functools.partial(each, alone),
+    )
 
 
 # The fields of a Step that hold arrays.
@@ -223,6 +284,11 @@ def apart(tree: Any) -> Any:
 def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
     moments, tables = apart((moments, tuple(getattr(step, name) for name in _TABLES)))
     return moments, step._replace(**dict(zip(_TABLES, tables, strict=True)))
+
+
+def is_placed(x: Array) -> bool:
+    """Whether an array lies on a mesh, if only one of one device: its axes may not be reshaped."""
+    return bool(free_axes(jax.typeof(x).sharding.mesh))
 
 
 def _on_a_mesh(x: Array) -> bool:

@@ -41,7 +41,7 @@ def leaf_phases(paths: Sequence[str], count: Int[Array, ""]) -> UInt32[Array, "l
 
 
 def dither(
-    phase: UInt32[Array, "two"], position: UInt32[Array, "*shape"]
+    phase: UInt32[Array, "two *rows"], position: UInt32[Array, "*shape"]
 ) -> tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]:
     """Two independent fractions per element, in units of 2^-32.
 

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array
 
-from gefen_jax._backend import in_best_form, kernel_of
-from gefen_jax._blocks import Shape, as_block, check_block, runs_divide
+from gefen_jax._backend import Advance, in_best_form, kernel_of
+from gefen_jax._blocks import Shape, as_block, check_block, flat_view, runs_divide
 from gefen_jax._dual_step import advance_dual, direction_dual, fused_dual, read_dual, write_dual
 from gefen_jax._packing import SHARED, Packing
-from gefen_jax._pairs import paired_axis
+from gefen_jax._pairs import paired_axis, stretches
 from gefen_jax._types import Codebooks, Moments, Move, Step
 
 
@@ -83,9 +83,8 @@ class DualCode:
         """One step; see `gefen_jax._dual_step` for the equations."""
         if (kernel := kernel_of(self.name, g, step.backend)) is not None:
             return kernel.update(g, moments, self.block, step)
-        advance = functools.partial(advance_dual, packing=self._packing)
-        new = in_best_form(advance, g, moments, self.block, step)
-        return direction_dual(g, new, self.block, step, self._packing), new
+        new = in_best_form(self.advance, g, moments, self.block, step)
+        return self.direction(g, new, step), new
 
     def fused(
         self, weight: Any, g: Array, moments: Moments, step: Step, move: Move
@@ -95,6 +94,20 @@ class DualCode:
             return kernel.fused(weight, g, moments, self.block, step, move)
         fused = functools.partial(fused_dual, packing=self._packing, move=move)
         return in_best_form(fused, g, (weight, moments), self.block, step)
+
+    def run(self, shape: Shape) -> int | None:
+        """The block's length; None where its pairs, or its elements, are not one run's."""
+        view = flat_view(shape, self.block)
+        return view.period if view.inner == 1 and stretches(self.block) == 1 else None
+
+    @property
+    def advance(self) -> Advance:
+        """The step of the moments alone."""
+        return functools.partial(advance_dual, packing=self._packing)
+
+    def direction(self, g: Array, moments: Moments, step: Step) -> Array:
+        """An elementwise expression."""
+        return direction_dual(g, moments, self.block, step, self._packing)
 
     def read(self, moments: Moments, codebooks: Codebooks) -> tuple[Array, Array]:
         """What the codes of every element stand for."""

@@ -74,7 +74,9 @@ def fused_gefen(
 
     with :math:`u_t` from `scale_by_gefen` on :math:`\bar g_t`, and :math:`c` = ``max_norm``: what
     clips all gradients by their norm cannot be chained in front of it, so it is an argument. On one
-    CPU a leaf of dual codes is read and written piece by piece while it is in the cache.
+    CPU a leaf of dual codes is read and written piece by piece while it is in the cache; where
+    several share a loop, to compile in less time, weights follow after it, without an array of
+    updates.
 
     The state is that of the Optax transformation it stands for, ``gefen(...)`` with the same
     arguments, or with ``max_norm`` ``optax.chain(optax.clip_by_global_norm(max_norm),

@@ -14,13 +14,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from gefen_jax._backend import by_the_compiler
+from gefen_jax._backend import (
+    JOINED_CHUNK,
+    Leaf,
+    by_the_compiler,
+    in_joined_form,
+    is_placed,
+)
 from gefen_jax._dither import Place, dither
+from gefen_jax._groups import Joined, LeafStep
 from gefen_jax._release_part import Part
 from gefen_jax._shards import shards_of
 from gefen_jax._split import advance, merge
 from gefen_jax._transform import (
-    LeafStep,
     Recipe,
     ScaleByGefenState,
     check_parameter,
@@ -29,10 +35,12 @@ from gefen_jax._transform import (
 from gefen_jax._types import FusedKind, Moments, Rates, Rounding, Step, Weight
 from gefen_jax._update_then_move import update_then_move
 
+_STATIC = ("nesterov", "exact_lookup", "backend", "elsewhere")  # fields of a `Step`
+
 
 @functools.partial(
     jax.jit,
-    static_argnames=("kind", "partition", "rounding", "nesterov", "exact_lookup", "backend"),
+    static_argnames=("kind", "partition", "rounding", *_STATIC),
 )
 def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, rounding, **static):
     """The new weight and moments; jitted so that leaves of equal shape are traced once.
@@ -59,6 +67,33 @@ def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, r
         return whole(*args)
     weight, moments = shards.map(step_here, *args, whole=whole)
     return weight._replace(high=shards.back_home(weight.high)), moments
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("kinds", "run", "size", *_STATIC),
+)
+def _step_joined(leaves, arrays, phases, *, kinds, run, size, **static):
+    """What `_step_jitted` gives of each; whole leaves that can be stepped together, not split."""
+
+    def alone(i, leaf, arrays):
+        about = {"kind": kinds[i], "partition": None, "rounding": None, "elsewhere": True}
+        return _step_jitted(
+            Weight(leaf.weight, None), *leaf[1:], arrays, None, None, **about, **static
+        )
+
+    def after(i, leaf, arrays):
+        return _moved(*leaf, arrays, kind=kinds[i], **static), leaf.moments
+
+    how = {"run": run, "size": size, "static": static, "alone": alone, "after": after}
+    return in_joined_form(kinds[0].advance, leaves, arrays, phases, **how)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", *_STATIC))
+def _moved(p, g, moments, arrays, *, kind, **static):
+    """The weight of one leaf after the step of its moments: one elementwise expression."""
+    step = Step(**arrays, **static)
+    return Weight(step.moved(p, kind.direction(g, moments, step)), None)
 
 
 class _Move(NamedTuple):
@@ -110,7 +145,7 @@ def step_part(
             Weight(p, None if low is None else low.correction),
             leaf.g,
             leaf.moments,
-            leaf.arrays | {"rates": rates[leaf.number]},
+            leaf.arrays | {"phase": leaf.phase, "rates": rates[leaf.number]},
             None if low is None else low.phase,
             part.place(leaf.spec.shape),
             kind=leaf.kind,
@@ -123,5 +158,23 @@ def step_part(
             lows[path] = weight.low
         return new
 
-    new_state = step_leaves(recipe, grads, state, visit, part.kinds)
+    def visit_joined(joined: Joined) -> list[Moments]:
+        for leaf in joined.leaves:
+            check_parameter(leaf.spec, leaves[leaf.number])
+        parts = [Leaf(leaves[leaf.number], leaf.g, leaf.moments) for leaf in joined.leaves]
+        first = joined.leaves[0]
+        arrays = first.arrays | {"rates": rates[first.number]}
+        about = {"kinds": joined.kinds, "run": joined.run, "size": JOINED_CHUNK}
+        results = _step_joined(parts, arrays, joined.phases, **about, **first.static)
+        for leaf, (weight, _) in zip(joined.leaves, results, strict=True):
+            leaves[leaf.number] = weight.high
+        return [new for _, new in results]
+
+    def apart(leaf: LeafStep) -> Any:
+        split = part.lows.get(leaf.spec.path) is not None
+        if part.layer is not None or split or is_placed(leaves[leaf.number]):
+            return None
+        return rates[leaf.number].weight_decay is None
+
+    new_state = step_leaves(recipe, grads, state, visit, visit_joined, part.kinds, apart)
     return treedef.unflatten(leaves), new_state, lows

@@ -28,13 +28,20 @@ def _follow(jaxpr: Jaxpr, sources: Iterable[_Sources]) -> list[_Sources]:
     def of(x: Any) -> _Sources:
         return frozenset() if isinstance(x, Literal) else known.get(x, frozenset())
 
+    by_platform = set()
     for equation in jaxpr.eqns:
         inputs = [of(x) for x in equation.invars]
         inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
         if equation.primitive.name in _INSIDE and inner is not None:
             outputs = _follow(getattr(inner, "jaxpr", inner), inputs)
+        elif equation.primitive.name == "cond" and id(equation.invars[0]) in by_platform:
+            # Forms for platforms (`jax.lax.platform_dependent`) do the same: the last is that of
+            # no platform in particular, where each leaf is stepped by itself.
+            outputs = _follow(equation.params["branches"][-1].jaxpr, inputs[1:])
         else:
             outputs = [frozenset().union(*inputs)] * len(equation.outvars)
+        if equation.primitive.name == "platform_index":
+            by_platform.update(map(id, equation.outvars))  # a literal has no hash
         known.update(zip(equation.outvars, outputs, strict=True))
     return [of(x) for x in jaxpr.outvars]
 

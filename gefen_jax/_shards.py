@@ -64,7 +64,7 @@ class Shards(NamedTuple):
         mapped: OfPart = jax.shard_map(
             on_shard,
             mesh=self.mesh,
-            axis_names=_free_axes(self.mesh),
+            axis_names=free_axes(self.mesh),
             in_specs=(self.spec, everywhere, everywhere),
             out_specs=self.spec,
             # A kernel does not say along which axes of the mesh its results vary.
@@ -134,10 +134,10 @@ def shards_of(
 
 def is_spread(mesh: AbstractMesh) -> bool:
     """Whether an axis over several devices is not Manual: arrays may be spread over it."""
-    return any(mesh.shape[name] > 1 for name in _free_axes(mesh))
+    return any(mesh.shape[name] > 1 for name in free_axes(mesh))
 
 
-def _free_axes(mesh: AbstractMesh) -> set[str]:
+def free_axes(mesh: AbstractMesh) -> set[str]:
     """The axes that are not Manual."""
     return set(mesh.axis_names) - set(mesh.manual_axes)
 

@@ -13,18 +13,24 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from gefen_jax._backend import check_backend, update_leaf
+from gefen_jax._backend import (
+    JOINED_CHUNK,
+    Leaf,
+    check_backend,
+    in_joined_form,
+    update_leaf,
+)
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._candidates import kinds_by_shape
 from gefen_jax._constants import LEVELS
 from gefen_jax._dither import leaf_phases
 from gefen_jax._encoder import lookup_is_exact, make_encoder
+from gefen_jax._groups import Joined, LeafStep, groups
 from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, check_names, leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._plan import Plan
-from gefen_jax._specs import Partition
-from gefen_jax._types import Decay, Kind, Moments
+from gefen_jax._types import Decay, Kind, Moments, Step
 
 
 class ScaleByGefenState(NamedTuple):
@@ -69,13 +75,34 @@ def decay_at(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
     return Decay(b1, b2, one_minus_b1, one_minus_b2, eps, eps_root, *corrections)
 
 
-_STATIC = ("kind", "partition", "nesterov", "exact_lookup", "backend")
+_STATIC = ("kind", "partition", "nesterov", "exact_lookup", "backend", "elsewhere")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _update_leaf(g, moments, arrays, *, kind, partition, **static):
     """One leaf. Jitted so that leaves of equal shape are traced and lowered once."""
     return update_leaf(kind, partition, g, moments, arrays, static)
+
+
+@functools.partial(jax.jit, static_argnames=("kinds", "run", "size", *_STATIC[2:]))
+def _update_joined(leaves, arrays, phases, *, kinds, run, size, **static):
+    """What `_update_leaf` gives of each; leaves that can be stepped together."""
+
+    def alone(i, leaf, arrays):
+        about = {"kind": kinds[i], "partition": None, "elsewhere": True, **static}
+        return _update_leaf(*leaf[1:], arrays, **about)
+
+    def after(i, leaf, arrays):
+        return _direction(*leaf[1:], arrays, kind=kinds[i], **static), leaf.moments
+
+    how = {"run": run, "size": size, "static": static, "alone": alone, "after": after}
+    return in_joined_form(kinds[0].advance, leaves, arrays, phases, **how)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", *_STATIC[2:]))
+def _direction(g, moments, arrays, *, kind, **static):
+    """The update of one leaf after its step, in the gradient's dtype."""
+    return kind.direction(g, moments, Step(**arrays, **static)).astype(g.dtype)
 
 
 class Recipe(NamedTuple):
@@ -96,9 +123,15 @@ def _describe_state(state: Any) -> str:
     return ", ".join(f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in leaves) or "nothing"
 
 
+@functools.cache
+def _initial(kind: Kind, shape: tuple[int, ...]) -> Moments:
+    """The shapes and dtypes of a leaf's state. Kept: tracing them takes as long as a small step."""
+    return jax.eval_shape(lambda: kind.init(shape))
+
+
 def check_state(spec: LeafSpec, kind: Kind, moments: Moments) -> None:
     """The state must be the one that this kind of leaf starts with, in all but its values."""
-    expected = jax.eval_shape(lambda: kind.init(spec.shape))
+    expected = _initial(kind, spec.shape)
     same = jax.tree.structure(expected) == jax.tree.structure(moments) and all(
         e.shape == jnp.shape(s) and e.dtype == jnp.result_type(s)
         for e, s in zip(jax.tree.leaves(expected), jax.tree.leaves(moments), strict=True)
@@ -261,28 +294,24 @@ def scale_by_gefen(
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
 
         def visit(leaf: LeafStep) -> Moments:
-            args = leaf.g, leaf.moments, leaf.arrays
+            args = leaf.g, leaf.moments, leaf.arrays | {"phase": leaf.phase}
             about = {"kind": leaf.kind, "partition": leaf.partition, **leaf.static}
             leaves[leaf.number], new = _update_leaf(*args, **about)
             return new
 
-        new_state = step_leaves(recipe, updates, state, visit)
+        def visit_joined(joined: Joined) -> list[Moments]:
+            about = {"kinds": joined.kinds, "run": joined.run, "size": JOINED_CHUNK}
+            parts = [Leaf(None, leaf.g, leaf.moments) for leaf in joined.leaves]
+            first = joined.leaves[0]
+            results = _update_joined(parts, first.arrays, joined.phases, **about, **first.static)
+            for leaf, (update, _) in zip(joined.leaves, results, strict=True):
+                leaves[leaf.number] = update
+            return [new for _, new in results]
+
+        new_state = step_leaves(recipe, updates, state, visit, visit_joined)
         return treedef.unflatten(leaves), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class LeafStep(NamedTuple):
-    """What there is to the step of one leaf."""
-
-    number: int  # among the leaves of the gradients
-    spec: LeafSpec
-    kind: Kind
-    partition: Partition | None  # how the plan says that the leaf is cut
-    g: Any
-    moments: Moments
-    arrays: dict[str, Any]  # the fields of a `Step`; those that are traced
-    static: dict[str, Any]
 
 
 def step_leaves(
@@ -290,11 +319,15 @@ def step_leaves(
     grads: optax.Updates,
     state: Any,  # checked
     visit: Callable[[LeafStep], Moments],
+    visit_joined: Callable[[Joined], Sequence[Moments]],
     kinds: Mapping[str, Kind] | None = None,
+    apart: Callable[[LeafStep], Any] = lambda leaf: (),
 ) -> ScaleByGefenState:
     """The state after ``visit`` of every leaf that has a gradient, which returns its new moments.
 
-    Of leaves at hand that are parts of others, ``kinds`` says what the whole ones are.
+    Several leaves that can be stepped together are given to ``visit_joined``; ``apart`` says what
+    else they must have in common, or None for a leaf that stays alone. Of leaves at hand that are
+    parts of others, ``kinds`` says what the whole ones are.
     """
     if not all(hasattr(state, field) for field in ScaleByGefenState._fields):
         raise ValueError(
@@ -314,14 +347,20 @@ def step_leaves(
         "levels": make_levels(state.codebook4),
     }
     static = {name: getattr(recipe, name) for name in ("nesterov", "exact_lookup", "backend")}
-    phases = leaf_phases([spec.path for spec in specs], jnp.asarray(count))
+    phases, leaves = leaf_phases([spec.path for spec in specs], jnp.asarray(count)), []
     for i, ((_, g), spec) in enumerate(zip(flat, specs, strict=True)):
         if g is not None and spec.trained:
             _check_gradient(spec, g)
-            own = arrays | {"phase": phases[i]}
             partition = None if recipe.plan is None else recipe.plan[spec.path].partition
-            leaf = LeafStep(i, spec, kinds[spec.path], partition, g, moments[i], own, static)
-            moments[i] = visit(leaf)
+            about = kinds[spec.path], partition, g, moments[i], phases[i], arrays, static
+            leaves.append(LeafStep(i, spec, *about))
+    for run, group in groups(leaves, apart):
+        if len(group) == 1:
+            new = [visit(group[0])]
+        else:
+            new = visit_joined(Joined(run, group, phases[np.array([x.number for x in group])]))
+        for leaf, of_leaf in zip(group, new, strict=True):
+            moments[leaf.number] = of_leaf
     slots = by_slot(treedef, moments)
     return ScaleByGefenState(jnp.asarray(count), state.codebook, state.codebook4, **slots)
 

@@ -1,5 +1,6 @@
 """What the parts of the package hand to each other."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -66,6 +67,7 @@ class Step(NamedTuple):
     backend: str | None
     rates: Rates | None = None  # of a fused step
     place: Place | None = None  # where the arrays at hand are a part of a leaf
+    elsewhere: bool = False  # it is known that no CPU runs this: its form need not be traced
 
     # Where a fused step does what Optax does, it is with its operations in its order
     # (`clip_by_global_norm`, `add_decayed_weights`, `scale_by_learning_rate`, `apply_updates`).
@@ -183,4 +185,25 @@ class FusedKind(Kind, Protocol):
         self, weight: Any, g: Array, moments: Moments, step: Step, move: Move
     ) -> tuple[Any, Moments]:
         """One step: what ``move`` makes of the weight, a tree of arrays like the leaf."""
+        ...
+
+
+@runtime_checkable
+class JoinedKind(Kind, Protocol):
+    """A kind whose leaves can be stepped together, in one loop (`gefen_jax._joined`)."""
+
+    def run(self, shape: Shape) -> int | None:
+        """The length of a leaf's blocks where they are runs of consecutive elements, else None.
+
+        With it, leaves of any shapes are stepped as leaves of blocks ``(1, run)``.
+        """
+        ...
+
+    @property
+    def advance(self) -> Callable[..., Any]:
+        """What takes the gradient into the moments, a `gefen_jax._backend.Advance`."""
+        ...
+
+    def direction(self, g: Array, moments: Moments, step: Step) -> Array:
+        """The direction, float32, from the moments that ``advance`` made."""
         ...

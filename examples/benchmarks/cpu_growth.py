@@ -3,6 +3,7 @@
 python examples/benchmarks/cpu_growth.py
 """
 
+import itertools
 import statistics
 from typing import Any
 
@@ -12,20 +13,16 @@ from _common import write
 from cpu_step import ALL, BASELINE, compile_seconds, spread, step_seconds, weights
 from rich.console import Console
 from rich.table import Table
+from shapes import transformer_block
 
 SIDES = {"4M": 2048, "16M": 4096, "64M": 8192, "256M": 16384}
 LEAVES = {10: 3, 100: 3, 1000: 2}  # how many, and how often they are compiled
 
 
 def _leaves(number: int) -> Any:
-    """Matrices of a few widths, each with a bias: half of the leaves are small ones."""
-    return {
-        f"layer_{i}": {
-            "kernel": jax.ShapeDtypeStruct((256, 256 * (1 + i % 4)), jnp.float32),
-            "bias": jax.ShapeDtypeStruct((256 * (1 + i % 4),), jnp.float32),
-        }
-        for i in range(number // 2)
-    }
+    """The first so many leaves of a GPT: of twelve in a layer four are matrices."""
+    layers = [transformer_block(512, 2048) for _ in range(-(-number // 12))]
+    return {f"{i}": x for i, x in enumerate(jax.tree.leaves(layers)[:number])}
 
 
 def _row(seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -56,10 +53,19 @@ def main() -> None:
             for name, make in ALL.items()
         }
         add(f"{number} leaves: compile wall s", wall)
+    for few, many in itertools.pairwise(LEAVES):
+        more, less = (results[f"{number} leaves: compile wall s"] for number in (many, few))
+        results[f"{few} to {many} leaves: growth of compile wall"] = {
+            name: more[name] / less[name] for name in ALL
+        }
+    write("cpu_growth.json", "python examples/benchmarks/cpu_growth.py", results)
     table = Table("", *(f"{name}, ratio" for name in ALL))
     for row, numbers in results.items():
-        cells = (f"{1e3 * numbers[n]:.0f} ms, {numbers['ratio'][n]:.2f}" for n in ALL)
-        table.add_row(row[:-2], *cells)
+        if "ratio" in numbers:
+            cells = [f"{1e3 * numbers[n]:.0f} ms, {numbers['ratio'][n]:.2f}" for n in ALL]
+        else:
+            cells = [f"{numbers[n]:.1f}" for n in ALL]
+        table.add_row(row.removesuffix(" s"), *cells)
     Console(width=160).print(table)
 
 

@@ -23,7 +23,8 @@ def _norm(width: int) -> Tree:
     return {"scale": _array(width), "bias": _array(width)}
 
 
-def _transformer_block(width: int, mlp: int) -> Tree:
+def transformer_block(width: int, mlp: int) -> Tree:
+    """A layer of GPT-2 or ViT: twelve leaves."""
     return {
         "ln_1": _norm(width),
         "attn": {"qkv": _dense(width, 3 * width), "out": _dense(width, width)},
@@ -38,7 +39,7 @@ def gpt2_small() -> Tree:
     return {
         "wte": {"embedding": _array(50_257, width)},
         "wpe": {"embedding": _array(1024, width)},
-        "h": {str(i): _transformer_block(width, 4 * width) for i in range(12)},
+        "h": {str(i): transformer_block(width, 4 * width) for i in range(12)},
         "ln_f": _norm(width),
     }
 
@@ -75,7 +76,7 @@ def vit_b16() -> Tree:
         "patches": _dense(16, 16, 3, width),
         "cls": _array(1, 1, width),
         "positions": _array(1, 197, width),
-        "blocks": {str(i): _transformer_block(width, 4 * width) for i in range(12)},
+        "blocks": {str(i): transformer_block(width, 4 * width) for i in range(12)},
         "norm": _norm(width),
         "head": _dense(width, 1000),
     }

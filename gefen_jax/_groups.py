@@ -1,0 +1,60 @@
+"""The leaves of one step, and which of them are stepped together."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+
+from gefen_jax._backend import joined_run
+from gefen_jax._paths import LeafSpec
+from gefen_jax._specs import Partition
+from gefen_jax._types import Kind, Moments
+
+# Leaves of one loop at most: a turn's small copies, a few for each of them, take time, too.
+_JOINED_LEAVES = 64
+
+
+class LeafStep(NamedTuple):
+    """What there is to the step of one leaf."""
+
+    number: int  # among the leaves of the gradients
+    spec: LeafSpec
+    kind: Kind
+    partition: Partition | None  # how the plan says that the leaf is cut
+    g: Any
+    moments: Moments
+    phase: Any
+    arrays: dict[str, Any]  # the other fields of a `Step`, the same for all leaves: traced ones
+    static: dict[str, Any]
+
+
+class Joined(NamedTuple):
+    """Leaves that can be stepped together."""
+
+    run: int  # the length of their blocks
+    leaves: Sequence[LeafStep]
+    phases: UInt32[Array, "leaves two"]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(leaf.kind for leaf in self.leaves)
+
+
+def groups(
+    leaves: Sequence[LeafStep], apart: Callable[[LeafStep], Any]
+) -> list[tuple[int, list[LeafStep]]]:
+    """All leaves, those together that can be stepped together, with the run of their blocks."""
+    found: dict[Any, list[LeafStep]] = {}
+    for leaf in leaves:
+        run = joined_run(leaf.kind, leaf.g, leaf.moments, leaf.static["backend"])
+        also = apart(leaf)
+        alike = run is not None and also is not None
+        dtype = jnp.result_type(leaf.g)
+        key = (run, type(leaf.kind), dtype, also) if alike else (0, leaf.number)
+        found.setdefault(key, []).append(leaf)
+    return [
+        (key[0], group[i : i + _JOINED_LEAVES])
+        for key, group in found.items()
+        for i in range(0, len(group), _JOINED_LEAVES)
+    ]

@@ -16,10 +16,12 @@ from gefen_jax._constants import (
     DUAL_MIN,
     MAX_BLOCK,
     MIN_BLOCK,
+    NARROW_BLOCK,
     OUTPUT_LAYER,
     SMALL_LEAF,
     TARGET_BLOCK,
     VECTOR_SHARE,
+    WIDENING,
 )
 from gefen_jax._dual_code import DualCode
 from gefen_jax._exact import Exact
@@ -60,7 +62,8 @@ def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
     Of every cut, the runs nearest to each power of two in that range: a highly composite axis has
     dozens of divisors, which say no more. A leaf that has none (a long vector of prime length)
     gets runs of about TARGET_BLOCK elements with a shorter last one. A narrow shard may be a run
-    as it is; below _NARROW elements there is none.
+    as it is; below _NARROW elements there is none. And shorter axes, from NARROW_BLOCK elements on,
+    where they are whole.
     """
     local = shape if local is None else local
     blocks = set()
@@ -83,6 +86,11 @@ def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
             for axis, end, whole in _spans(shape, local)
             if whole < MIN_BLOCK <= shape[axis] * whole and local[axis] == shape[axis]
         }
+    blocks |= {
+        make_block(shape, Cut(axis, end, shape[axis]))
+        for axis, end, whole in _spans(shape, local)
+        if local[axis] == shape[axis] and NARROW_BLOCK <= shape[axis] * whole < MIN_BLOCK
+    }
     return sorted(blocks)
 
 
@@ -95,12 +103,15 @@ def block_by_shape(shape: Shape, local: Shape | None = None) -> Shape:
     """The block of a leaf about which nothing is known; it must have candidates.
 
     Runs of one axis before boxes over several (rows may differ in size), the last axis first (it
-    is contiguous, and the features of an embedding), then the size nearest to the target.
+    is contiguous, and the features of an embedding), but where a layer widens the one before it;
+    then the size nearest to the target.
     """
+    last = len(shape) - 1
+    widens = last > 0 and shape[last] >= WIDENING * shape[last - 1]
 
-    def preference(block: Shape) -> tuple[bool, int, float]:
+    def preference(block: Shape) -> tuple[bool, bool, int, float]:
         axis, end, _ = read_cut(shape, block)
-        return axis < end, -end, distance_to_target(block)
+        return axis < end, widens and end != last - 1, -end, distance_to_target(block)
 
     return min(candidate_blocks(shape, local), key=preference)
 

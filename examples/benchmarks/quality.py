@@ -132,8 +132,9 @@ def run(
         problem = task.prepare(options.quick)
         for (_, variant, seed), of_group in itertools.groupby(of_task, lambda job: job.group):
             group = list(of_group)
+            steps, b2 = group[0].steps, group[0].b2
             recipe = Recipe(
-                variant, group[0].steps, group[0].b2, task.weight_decay, options.grad_dtype
+                variant, steps, b2, task.weight_decay, options.grad_dtype, task.spike
             )
             trainer = make_trainer(problem, recipe, seed)
             for job in group:

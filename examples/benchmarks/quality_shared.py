@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import quality
-from quality_train import Params, Trainer
+from quality_train import Params, Trainer, clipped
 
 import gefen_jax as gx
 
@@ -112,7 +112,7 @@ class SharedTrainer(Trainer):
         """Trains with this plan from now on."""
         recipe, self._plan = self._recipe, plan
         self._tx = optax.chain(
-            optax.clip_by_global_norm(1.0),
+            clipped(recipe),
             gx.scale_by_gefen(b2=recipe.b2, plan=plan),
             optax.stateless_with_tree_map(lambda u, _: _match(u))
             if self._variant.matched

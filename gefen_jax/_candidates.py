@@ -60,10 +60,10 @@ def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
     """Boxes of MIN_BLOCK to MAX_BLOCK elements whose runs divide their axis, and fit the shards.
 
     Of every cut, the runs nearest to each power of two in that range: a highly composite axis has
-    dozens of divisors, which say no more. A leaf that has none (a long vector of prime length)
-    gets runs of about TARGET_BLOCK elements with a shorter last one. A narrow shard may be a run
-    as it is; below _NARROW elements there is none. And shorter axes, from NARROW_BLOCK elements on,
-    where they are whole.
+    dozens of divisors, which say no more. Beside these, shorter axes from NARROW_BLOCK elements on,
+    where they are whole. A leaf that has none (a long vector of prime length) gets runs of about
+    TARGET_BLOCK elements with a shorter last one. A narrow shard may be a run as it is; below
+    _NARROW elements there is none.
     """
     local = shape if local is None else local
     blocks = set()
@@ -74,6 +74,12 @@ def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
             size = min(sizes, key=lambda n: abs(math.log2(n / goal)))  # noqa: B023 (used at once)
             blocks.add(make_block(shape, Cut(axis, end, size // whole)))
             goal *= 2
+    if blocks:
+        blocks |= {
+            make_block(shape, Cut(axis, end, shape[axis]))
+            for axis, end, whole in _spans(shape, local)
+            if local[axis] == shape[axis] and NARROW_BLOCK <= shape[axis] * whole < MIN_BLOCK
+        }
     if not blocks:
         blocks = {
             make_block(shape, Cut(axis, end, local[axis]))
@@ -86,11 +92,6 @@ def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
             for axis, end, whole in _spans(shape, local)
             if whole < MIN_BLOCK <= shape[axis] * whole and local[axis] == shape[axis]
         }
-    blocks |= {
-        make_block(shape, Cut(axis, end, shape[axis]))
-        for axis, end, whole in _spans(shape, local)
-        if local[axis] == shape[axis] and NARROW_BLOCK <= shape[axis] * whole < MIN_BLOCK
-    }
     return sorted(blocks)
 
 
@@ -102,16 +103,18 @@ def distance_to_target(block: Shape, target: int = TARGET_BLOCK) -> float:
 def block_by_shape(shape: Shape, local: Shape | None = None) -> Shape:
     """The block of a leaf about which nothing is known; it must have candidates.
 
-    Runs of one axis before boxes over several (rows may differ in size), the last axis first (it
-    is contiguous, and the features of an embedding), but where a layer widens the one before it;
-    then the size nearest to the target.
+    Runs of one axis before boxes over several (rows may differ in size), short axes only in a
+    matrix, the last axis first (it is contiguous, and the features of an embedding), but the one
+    before it where a layer widens; then the size nearest to the target.
     """
     last = len(shape) - 1
     widens = last > 0 and shape[last] >= WIDENING * shape[last - 1]
 
-    def preference(block: Shape) -> tuple[bool, bool, int, float]:
+    def preference(block: Shape) -> tuple[bool, bool, bool, int, float]:
         axis, end, _ = read_cut(shape, block)
-        return axis < end, widens and end != last - 1, -end, distance_to_target(block)
+        is_narrow = last > 1 and block_size(block) < MIN_BLOCK
+        off_axis = widens and end != last - 1
+        return axis < end, is_narrow, off_axis, -end, distance_to_target(block)
 
     return min(candidate_blocks(shape, local), key=preference)
 

@@ -17,7 +17,7 @@ from gefen_jax import _codebook
 from gefen_jax._axis_rule import _evidence
 from gefen_jax._blocks import block_size, check_block, runs_divide
 from gefen_jax._candidates import block_by_shape, candidate_blocks
-from gefen_jax._constants import MAX_BLOCK, MIN_BLOCK, SMALL_LEAF
+from gefen_jax._constants import MAX_BLOCK, MIN_BLOCK, NARROW_BLOCK, SMALL_LEAF
 from gefen_jax._histogram import _count
 
 pytestmark = pytest.mark.once
@@ -65,6 +65,9 @@ PLANTED = {
     "runs of 256 along the last axis": ((8, 2048), (1, 256)),
     "runs of 512 along the first axis": ((2048, 16), (512, 1)),
     "two rows": ((64, 128), (2, 128)),
+    "narrow rows": ((96, 144), (1, 144)),
+    "narrow columns": ((144, 96), (144, 1)),
+    "runs of a stacked leaf's middle axis": ((3, 144, 40), (1, 144, 1)),
     "output filters of a convolution": ((3, 3, 64, 64), (3, 3, 64, 1)),
     "heads": ((64, 4, 256), (1, 1, 256)),
     "a vector": ((16384,), (512,)),
@@ -180,13 +183,14 @@ _LARGE = _AXES.map(tuple).filter(lambda s: SMALL_LEAF < np.prod(s, dtype=np.int6
 
 @given(_LARGE)
 @settings(max_examples=150, deadline=None)
-def test_any_large_leaf_gets_blocks_of_256_to_4096(shape):
+def test_any_large_leaf_gets_blocks_of_256_to_4096_or_a_narrow_axis(shape):
     blocks = candidate_blocks(shape)
     assert block_by_shape(shape) in blocks
     for block in blocks:
         check_block(shape, block)
         # The bounds hold for all; where no run divides, only the last one of an axis is shorter.
-        assert MIN_BLOCK <= block_size(block) <= MAX_BLOCK
+        whole = all(b in (1, n) for b, n in zip(block, shape, strict=True))
+        assert (NARROW_BLOCK if whole else MIN_BLOCK) <= block_size(block) <= MAX_BLOCK
 
 
 @given(st.integers(SMALL_LEAF + 1, 10**9))
@@ -210,7 +214,7 @@ def test_odd_shapes_calibrate(shape, rule):
     leaf.kind.check(shape)
     assert leaf.reason
     if rule == "axis":
-        assert MIN_BLOCK <= block_size(leaf.kind.block) <= MAX_BLOCK
+        assert leaf.kind.block in candidate_blocks(shape)
         assert runs_divide(shape, leaf.kind.block) != leaf.reason.startswith("no run divides")
 
 
@@ -255,7 +259,7 @@ SEQUENCES = {
     "a tuple of lists": ([_A, _B], ([_A, _B],), {"0": (1, 512), "1": (512, 1)}),
     "equal leaves": ([_A, _A], [_A, _A], {"0": (1, 512), "1": (1, 512)}),
     "with None": ([_A, None], [_A, None], {"0": (1, 512)}),
-    "an absent gradient": ([_A, _A], [_A, None], {"0": (1, 512), "1": (1, 512)}),
+    "an absent gradient": ([_A, _A], [_A, None], {"0": (1, 512), "1": (64, 1)}),  # by shape
     "an array": (_A, _A, {".": (1, 512)}),
     "several of an array": (_A, [_A, _A, _A], {".": (1, 512)}),
 }

@@ -10,6 +10,7 @@ the blocks that `calibrate` finds in the first gradient, for the whole run.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -46,13 +47,14 @@ def _by_shape(_: SharedTrainer, params: Params) -> gx.Plan:
     return gx.plan_by_shape(params, kind="shared_blocks")
 
 
-def _by_row(trainer: SharedTrainer, params: Params) -> gx.Plan:
-    """A block is one input's weights: shorter, on these tasks, than `calibrate` makes them."""
+def _by_row(columns: str, trainer: SharedTrainer, params: Params) -> gx.Plan:
+    """A block is one input's weights; where the path matches ``columns``, one output's."""
     plan = _calibrated(1, trainer, params)
     for leaf in plan.leaves:
         if isinstance(leaf.kind, gx.SharedBlocks):
-            row = gx.SharedBlocks((*(1 for _ in leaf.shape[:-1]), leaf.shape[-1]))
-            plan = plan.with_kind(leaf.path, row)
+            axis = len(leaf.shape) - (2 if fnmatch.fnmatchcase(leaf.path, columns) else 1)
+            block = tuple(n if i == axis else 1 for i, n in enumerate(leaf.shape))
+            plan = plan.with_kind(leaf.path, gx.SharedBlocks(block))
     return plan
 
 
@@ -75,7 +77,9 @@ VARIANTS = {
     for name, variant in {
         f"{GRADIENTS} gradients": Variant(functools.partial(_calibrated, GRADIENTS)),
         "by shape": Variant(_by_shape),
-        "by row": Variant(_by_row),
+        "by row": Variant(functools.partial(_by_row, "")),
+        "by row, mlp_in by column": Variant(functools.partial(_by_row, "*mlp_in*")),
+        "by row, qkv by column": Variant(functools.partial(_by_row, "*qkv*")),
         "planned again": Variant(_ONE, _again),
         "codebook of the momentum": Variant(_ONE, _codebook_of_momentum),
         "matched updates": Variant(_ONE, matched=True),

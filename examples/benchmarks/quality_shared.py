@@ -47,13 +47,19 @@ def _by_shape(_: SharedTrainer, params: Params) -> gx.Plan:
     return gx.plan_by_shape(params, kind="shared_blocks")
 
 
-def _by_row(columns: str, trainer: SharedTrainer, params: Params) -> gx.Plan:
-    """A block is one input's weights; where the path matches ``columns``, one output's."""
+def _by_row(
+    trainer: SharedTrainer, params: Params, columns: str = "", thirds: str = ""
+) -> gx.Plan:
+    """A block is one input's weights; where a path matches ``columns``, one output's.
+
+    Where it matches ``thirds``, a third of a row: of q, k or v.
+    """
     plan = _calibrated(1, trainer, params)
     for leaf in plan.leaves:
         if isinstance(leaf.kind, gx.SharedBlocks):
             axis = len(leaf.shape) - (2 if fnmatch.fnmatchcase(leaf.path, columns) else 1)
-            block = tuple(n if i == axis else 1 for i, n in enumerate(leaf.shape))
+            parts = 3 if fnmatch.fnmatchcase(leaf.path, thirds) else 1
+            block = tuple(n // parts if i == axis else 1 for i, n in enumerate(leaf.shape))
             plan = plan.with_kind(leaf.path, gx.SharedBlocks(block))
     return plan
 
@@ -77,9 +83,10 @@ VARIANTS = {
     for name, variant in {
         f"{GRADIENTS} gradients": Variant(functools.partial(_calibrated, GRADIENTS)),
         "by shape": Variant(_by_shape),
-        "by row": Variant(functools.partial(_by_row, "")),
-        "by row, mlp_in by column": Variant(functools.partial(_by_row, "*mlp_in*")),
-        "by row, qkv by column": Variant(functools.partial(_by_row, "*qkv*")),
+        "by row": Variant(_by_row),
+        "by row, mlp_in by column": Variant(functools.partial(_by_row, columns="*mlp_in*")),
+        "by row, qkv by column": Variant(functools.partial(_by_row, columns="*qkv*")),
+        "by row, qkv in thirds": Variant(functools.partial(_by_row, thirds="*qkv*")),
         "planned again": Variant(_ONE, _again),
         "codebook of the momentum": Variant(_ONE, _codebook_of_momentum),
         "matched updates": Variant(_ONE, matched=True),

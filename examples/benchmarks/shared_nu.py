@@ -1,0 +1,127 @@
+"""What one second moment per block costs, kernel by kernel: AdamW goes on with it for some steps.
+
+    python examples/benchmarks/shared_nu.py
+
+A run of AdamW on a task of the quality bench is taken up at some of its steps; from there, the
+leaves of one name have the mean of nu over every block, all others nu as it is, and the first moment
+is exact everywhere. After some steps the validation loss, less that of AdamW on the same batches,
+says what sharing costs there; a whole run of each would scatter more than these differ. Written to
+`shared_nu.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from _common import write
+from quality_tasks import TASKS
+from quality_train import Params, Recipe, Trainer, clipped
+
+BLOCKS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    "row": lambda shape: (*(1 for _ in shape[:-1]), shape[-1]),
+    "third of a row": lambda shape: (*(1 for _ in shape[:-1]), shape[-1] // 3),
+    "two rows": lambda shape: (*(1 for _ in shape[:-2]), 2, shape[-1]),
+    "column": lambda shape: (*(1 for _ in shape[:-2]), shape[-2], 1),
+}
+LEAVES = {
+    "gpt": ("qkv", "mlp_in", "mlp_out", "attention_out", "tokens", "positions"),
+    "llama": ("embed", "head", "q", "gate", "down"),
+}
+STARTS, STEPS = (0.1, 0.3, 0.6), 50  # where a run is taken up, of its steps, and for how many
+
+
+def shared(nu: jax.Array, block: tuple[int, ...]) -> jax.Array:
+    """The mean over every block, in every element of it."""
+    split = [k for n, b in zip(nu.shape, block, strict=True) for k in (n // b, b)]
+    means = nu.reshape(split).mean(axis=tuple(range(1, len(split), 2)), keepdims=True)
+    return jnp.broadcast_to(means, split).reshape(nu.shape)
+
+
+def scale_by_adam(b2: float, leaves: str, blocks: str) -> optax.GradientTransformation:
+    """Adam's update, with nu shared where the path matches ``leaves``; its state is Optax's."""
+    inner = optax.scale_by_adam(b2=b2)
+
+    def update(grads: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
+        _, state = inner.update(grads, state)
+
+        def of(path: Any, mu: jax.Array, nu: jax.Array) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if nu.ndim > 1 and fnmatch.fnmatchcase(name, leaves):
+                nu = shared(nu, BLOCKS[blocks](nu.shape))
+            mu_hat, nu_hat = mu / (1 - 0.9**state.count), nu / (1 - b2**state.count)
+            return mu_hat / (jnp.sqrt(nu_hat) + 1e-8)
+
+        return jax.tree_util.tree_map_with_path(of, state.mu, state.nu), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+class SharedNu(Trainer):
+    """AdamW as in the bench; ``go_on`` takes it up with another nu."""
+
+    def _prepare(self) -> None:
+        self.use("", "row")
+
+    def use(self, leaves: str, blocks: str) -> None:
+        recipe = self._recipe
+        self._tx = optax.chain(
+            clipped(recipe),
+            scale_by_adam(recipe.b2, leaves, blocks),
+            optax.add_decayed_weights(recipe.weight_decay, self._problem.decay),
+            optax.scale_by_learning_rate(self._schedule),
+        )
+        self._step = jax.jit(self._one_step)
+
+    def advance(self, params: Params, state: Any, batches: Sequence[Any], peak: float) -> Any:
+        """Parameters and state after a step on every batch."""
+        for batch in batches:
+            params, state = self._step(params, state, self._problem.frozen, batch, peak)
+        return params, state
+
+    def after(self, taken: Any, batches: Sequence[Any], peak: float) -> float:
+        """The validation loss after going on."""
+        params, _ = self.advance(*taken, batches, peak)
+        return float(self._validate(params, self._problem.frozen, self._problem.data.validation))
+
+
+def excesses(task_name: str, names: Sequence[str], seed: int) -> dict[str, dict[str, list[float]]]:
+    """By leaves and by blocks, the loss less AdamW's from every start."""
+    task = TASKS[task_name]
+    recipe = Recipe("adamw", task.steps, task.b2, task.weight_decay)
+    trainer, peak = SharedNu(task.prepare(False), recipe, seed), task.best_lr
+    batches = list(itertools.islice(trainer._batches(), task.steps))
+    starts = [round(task.steps * part) for part in STARTS]
+    taken, at = {}, trainer._begin(peak)
+    for before, start in itertools.pairwise([0, *starts]):
+        at = taken[start] = trainer.advance(*at, batches[before:start], peak)
+    ahead = {start: batches[start : start + STEPS] for start in starts}
+    exact = {start: trainer.after(taken[start], ahead[start], peak) for start in starts}
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, blocks in itertools.product(names, BLOCKS):
+        trainer.use(f"*{name}*", blocks)
+        losses = (trainer.after(taken[start], ahead[start], peak) for start in starts)
+        of = [round(loss - exact[start], 5) for start, loss in zip(starts, losses, strict=True)]
+        found.setdefault(name, {})[blocks] = of
+        print(name, blocks, of, flush=True)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    results = {}
+    for task, names in LEAVES.items():
+        results[task] = excesses(task, names, options.seed)
+    write("shared_nu.json", "python examples/benchmarks/shared_nu.py", results)
+
+
+if __name__ == "__main__":
+    main()

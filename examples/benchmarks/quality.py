@@ -133,9 +133,7 @@ def run(
         for (_, variant, seed), of_group in itertools.groupby(of_task, lambda job: job.group):
             group = list(of_group)
             steps, b2 = group[0].steps, group[0].b2
-            recipe = Recipe(
-                variant, steps, b2, task.weight_decay, options.grad_dtype, task.spike
-            )
+            recipe = Recipe(variant, steps, b2, task.weight_decay, options.grad_dtype, task.spike)
             trainer = make_trainer(problem, recipe, seed)
             for job in group:
                 row = row_of(job, problem, trainer, trainer.run(job.lr))

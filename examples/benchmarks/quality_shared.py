@@ -47,9 +47,7 @@ def _by_shape(_: SharedTrainer, params: Params) -> gx.Plan:
     return gx.plan_by_shape(params, kind="shared_blocks")
 
 
-def _by_row(
-    trainer: SharedTrainer, params: Params, columns: str = "", thirds: str = ""
-) -> gx.Plan:
+def _by_row(trainer: SharedTrainer, params: Params, columns: str = "", thirds: str = "") -> gx.Plan:
     """A block is one input's weights; where a path matches ``columns``, one output's.
 
     Where it matches ``thirds``, a third of a row: of q, k or v.

@@ -3,8 +3,8 @@
     python examples/benchmarks/shared_nu.py
 
 A run of AdamW on a task of the quality bench is taken up at some of its steps; from there, the
-leaves of one name have the mean of nu over every block, all others nu as it is, and the first moment
-is exact everywhere. After some steps the validation loss, less that of AdamW on the same batches,
+leaves of one name have the mean of nu over every block, all others nu as it is, and the first
+moment is exact everywhere. After some steps the validation loss, less that of AdamW on the same batches,
 says what sharing costs there; a whole run of each would scatter more than these differ. Written to
 `shared_nu.json`.
 """
@@ -30,11 +30,21 @@ BLOCKS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
     "two rows": lambda shape: (*(1 for _ in shape[:-2]), 2, shape[-1]),
     "column": lambda shape: (*(1 for _ in shape[:-2]), shape[-2], 1),
 }
-LEAVES = {
-    "gpt": ("qkv", "mlp_in", "mlp_out", "attention_out", "tokens", "positions"),
-    "llama": ("embed", "head", "q", "gate", "down"),
+_ROWS = "row", "column"
+_GPT = {
+    "qkv": (*_ROWS, "third of a row"),
+    "mlp_in": _ROWS,
+    "mlp_out": (*_ROWS, "two rows"),
+    "attention_out": _ROWS,
+    "tokens": _ROWS,
 }
-STARTS, STEPS = (0.1, 0.3, 0.6), 50  # where a run is taken up, of its steps, and for how many
+# By task: which blocks are tried where a leaf's path holds a name.
+LEAVES = {
+    "gpt": _GPT,
+    "finetune": _GPT,
+    "llama": dict.fromkeys(("embed", "head", "q", "v", "gate", "down"), _ROWS),
+}
+STARTS, STEPS = (0.2, 0.5), 40  # where a run is taken up, of its steps, and for how many
 
 
 def shared(nu: jax.Array, block: tuple[int, ...]) -> jax.Array:
@@ -91,9 +101,9 @@ class SharedNu(Trainer):
         return float(self._validate(params, self._problem.frozen, self._problem.data.validation))
 
 
-def excesses(task_name: str, names: Sequence[str], seed: int) -> dict[str, dict[str, list[float]]]:
+def excesses(task_name: str, seed: int) -> dict[str, dict[str, list[float]]]:
     """By leaves and by blocks, the loss less AdamW's from every start."""
-    task = TASKS[task_name]
+    task, leaves = TASKS[task_name], LEAVES[task_name]
     recipe = Recipe("adamw", task.steps, task.b2, task.weight_decay)
     trainer, peak = SharedNu(task.prepare(False), recipe, seed), task.best_lr
     batches = list(itertools.islice(trainer._batches(), task.steps))
@@ -104,22 +114,21 @@ def excesses(task_name: str, names: Sequence[str], seed: int) -> dict[str, dict[
     ahead = {start: batches[start : start + STEPS] for start in starts}
     exact = {start: trainer.after(taken[start], ahead[start], peak) for start in starts}
     found: dict[str, dict[str, list[float]]] = {}
-    for name, blocks in itertools.product(names, BLOCKS):
+    for name, blocks in ((name, blocks) for name, of in leaves.items() for blocks in of):
         trainer.use(f"*{name}*", blocks)
         losses = (trainer.after(taken[start], ahead[start], peak) for start in starts)
         of = [round(loss - exact[start], 5) for start, loss in zip(starts, losses, strict=True)]
         found.setdefault(name, {})[blocks] = of
-        print(name, blocks, of, flush=True)
+        print(task_name, name, blocks, of, flush=True)
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--task", nargs="+", choices=LEAVES, default=list(LEAVES))
     options = parser.parse_args(argv)
-    results = {}
-    for task, names in LEAVES.items():
-        results[task] = excesses(task, names, options.seed)
+    results = {task: excesses(task, options.seed) for task in options.task}
     write("shared_nu.json", "python examples/benchmarks/shared_nu.py", results)
 
 

@@ -4,8 +4,8 @@
 
 A run of AdamW on a task of the quality bench is taken up at some of its steps; from there, the
 leaves of one name have the mean of nu over every block, all others nu as it is, and the first
-moment is exact everywhere. After some steps the validation loss, less that of AdamW on the same batches,
-says what sharing costs there; a whole run of each would scatter more than these differ. Written to
+moment is exact everywhere. After some steps the validation loss, less that of AdamW on the same
+batches, says what sharing costs there; whole runs would scatter more than these differ. Written to
 `shared_nu.json`.
 """
 
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from _common import write
-from quality_tasks import TASKS
+from quality import TASKS  # which knows where the tasks' models are
 from quality_train import Params, Recipe, Trainer, clipped
 
 BLOCKS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {

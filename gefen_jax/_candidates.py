@@ -21,7 +21,6 @@ from gefen_jax._constants import (
     SMALL_LEAF,
     TARGET_BLOCK,
     VECTOR_SHARE,
-    WIDENING,
 )
 from gefen_jax._dual_code import DualCode
 from gefen_jax._exact import Exact
@@ -56,30 +55,37 @@ def _spans(shape: Shape, local: Shape) -> list[tuple[int, int, int]]:
     ]
 
 
-def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
-    """Boxes of MIN_BLOCK to MAX_BLOCK elements whose runs divide their axis, and fit the shards.
+def least_block(shape: Shape, local: Shape) -> int:
+    """The fewest elements of a leaf's block: MIN_BLOCK, or a shorter row or column of its matrices."""
+    short = (
+        n
+        for n, held in zip(shape[-2:], local[-2:], strict=True)
+        if n == held and NARROW_BLOCK <= n < MIN_BLOCK
+    )
+    return min(short, default=MIN_BLOCK)
 
-    Of every cut, the runs nearest to each power of two in that range: a highly composite axis has
-    dozens of divisors, which say no more. Beside these, shorter axes from NARROW_BLOCK elements on,
-    where they are whole. A leaf that has none (a long vector of prime length) gets runs of about
-    TARGET_BLOCK elements with a shorter last one. A narrow shard may be a run as it is; below
-    _NARROW elements there is none.
+
+def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
+    """Boxes of up to MAX_BLOCK elements whose runs divide their axis, and fit the shards.
+
+    Of every cut, the runs nearest to the least block and each doubling of it: a highly composite
+    axis has dozens of divisors, which say no more. None is a box of several rows that are blocks on
+    their own: rows of an embedding that share a second moment cost most of all. A leaf that has none (a long vector of prime
+    length) gets runs of about TARGET_BLOCK elements with a shorter last one. A narrow shard may be
+    a run as it is; below _NARROW elements there is none.
     """
     local = shape if local is None else local
-    blocks = set()
+    least, blocks = least_block(shape, local), set()
     for axis, end, whole in _spans(shape, local):
-        sizes = [d * whole for d in _divisors(local[axis]) if MIN_BLOCK <= d * whole <= MAX_BLOCK]
-        goal = MIN_BLOCK
+        runs = _divisors(local[axis])
+        if axis < end and whole >= least:
+            runs = [d for d in runs if d in (1, shape[axis])]
+        sizes = [d * whole for d in runs if least <= d * whole <= MAX_BLOCK]
+        goal = least
         while sizes and goal <= MAX_BLOCK:
             size = min(sizes, key=lambda n: abs(math.log2(n / goal)))  # noqa: B023 (used at once)
             blocks.add(make_block(shape, Cut(axis, end, size // whole)))
             goal *= 2
-    if blocks:
-        blocks |= {
-            make_block(shape, Cut(axis, end, shape[axis]))
-            for axis, end, whole in _spans(shape, local)
-            if local[axis] == shape[axis] and NARROW_BLOCK <= shape[axis] * whole < MIN_BLOCK
-        }
     if not blocks:
         blocks = {
             make_block(shape, Cut(axis, end, local[axis]))
@@ -103,18 +109,18 @@ def distance_to_target(block: Shape, target: int = TARGET_BLOCK) -> float:
 def block_by_shape(shape: Shape, local: Shape | None = None) -> Shape:
     """The block of a leaf about which nothing is known; it must have candidates.
 
-    Runs of one axis before boxes over several (rows may differ in size), short axes only in a
-    matrix, the last axis first (it is contiguous, and the features of an embedding), but the one
-    before it where a layer widens; then the size nearest to the target.
+    Runs of one axis before boxes over several (rows may differ in size), short ones only in a
+    matrix, the last axis first (it is contiguous, and the features of an embedding), but the first
+    of an output layer, as in a dual code; then the size nearest to the target.
     """
     last = len(shape) - 1
-    widens = last > 0 and shape[last] >= WIDENING * shape[last - 1]
+    is_output = last == 1 and shape[1] > OUTPUT_LAYER * shape[0]
 
     def preference(block: Shape) -> tuple[bool, bool, bool, int, float]:
         axis, end, _ = read_cut(shape, block)
-        is_narrow = last > 1 and block_size(block) < MIN_BLOCK
-        off_axis = widens and end != last - 1
-        return axis < end, is_narrow, off_axis, -end, distance_to_target(block)
+        is_short = last > 1 and block_size(block) < MIN_BLOCK
+        off_axis = is_output and end != 0
+        return axis < end, is_short, off_axis, -end, distance_to_target(block)
 
     return min(candidate_blocks(shape, local), key=preference)
 

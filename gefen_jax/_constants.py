@@ -19,8 +19,8 @@ VECTOR_SHARE = 0.01
 
 # Elements of a shared block: few enough for one scale, enough to keep 8 bytes per block small
 # (8 / 256 = 0.031 bytes per parameter). Among blocks that explain the gradient equally well, the
-# one nearest to the target is taken. Where an axis is shorter, it may be a block as it is: what
-# belongs together is one unit's weights, and half of what that explains is lost in boxes of two.
+# one nearest to the target is taken. A matrix with shorter rows or columns has blocks as small as
+# these, if not narrower than NARROW_BLOCK.
 NARROW_BLOCK = 64
 MIN_BLOCK = 256
 TARGET_BLOCK = 1024
@@ -34,7 +34,3 @@ DUAL_MAX = 1024
 
 # A matrix with more than so many columns per row counts as an output layer: one column per token.
 OUTPUT_LAYER = 8
-
-# With at least so many outputs per input, shared blocks lie by shape along the inputs: a block is
-# an output unit's weights (of an MLP's first layer, of a token), and units differ.
-WIDENING = 4

@@ -20,13 +20,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gefen_jax._blocks import Shape, block_size, runs_divide, split
+from gefen_jax._blocks import Shape, block_size, read_cut, runs_divide, split
 from gefen_jax._candidates import (
     block_by_shape,
     candidate_blocks,
     describe_block,
     distance_to_target,
+    is_output_layer,
 )
+from gefen_jax._paths import LeafSpec
 from gefen_jax._replicated import replicated
 
 _FLOOR = 1e-12  # relative to the mean: unlike the reference's, it knows no unit
@@ -90,10 +92,11 @@ def find_evidence(
 
 
 def choose_block(
-    shape: Shape, blocks: tuple[Shape, ...], evidence: Evidence, local: Shape | None = None
+    spec: LeafSpec, blocks: tuple[Shape, ...], evidence: Evidence, local: Shape | None = None
 ) -> tuple[Shape, str]:
     """The block of a leaf and the reason."""
-    by_shape = block_by_shape(shape, local)
+    shape, is_output = spec.shape, is_output_layer(spec)
+    by_shape = block_by_shape(shape, local, is_output=is_output)
     if evidence.zero:
         return by_shape, f"zero gradient: by shape, {describe_block(shape, by_shape, local)}"
     if not blocks:
@@ -101,8 +104,11 @@ def choose_block(
     best = max(evidence.explained)
     if not best >= _NO_STRUCTURE:
         return by_shape, f"no structure: {describe_block(shape, by_shape, local)}"
-    near = [i for i, r in enumerate(evidence.explained) if r >= _NEAR_BEST * best]
-    chosen = min(near, key=lambda i: (distance_to_target(blocks[i]), -evidence.explained[i]))
-    share = evidence.explained[chosen]
-    words = describe_block(shape, blocks[chosen], local)
-    return blocks[chosen], f"peak at {words}: {share:.0%} of the variance of log g^2"
+    found = list(zip(blocks, evidence.explained, strict=True))
+    if is_output:
+        found = [of for of in found if read_cut(shape, of[0]).end == 0] or found
+    least = _NEAR_BEST * max(share for _, share in found)
+    near = [of for of in found if of[1] >= least]
+    block, share = min(near, key=lambda of: (distance_to_target(of[0]), -of[1]))
+    words = describe_block(shape, block, local)
+    return block, f"peak at {words}: {share:.0%} of the variance of log g^2"

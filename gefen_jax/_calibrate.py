@@ -17,6 +17,7 @@ from gefen_jax._candidates import (
     decided_by_size,
     describe_block,
     exact_if_none_fits,
+    is_output_layer,
 )
 from gefen_jax._constants import HISTOGRAM_BINS
 from gefen_jax._flat_periods import FlatPeriods
@@ -202,14 +203,14 @@ def _axis_leaves(leaves: list[_Leaf], held: dict[str, Share]) -> list[LeafPlan]:
             if not all(bool(jnp.all(jnp.isfinite(g))) for g in grads):
                 raise _not_finite(spec.path)
         elif not grads:
-            block = block_by_shape(spec.shape, local)
+            block = block_by_shape(spec.shape, local, is_output=is_output_layer(spec))
             kind = SharedBlocks(block)
             reason = f"no gradient: by shape, {describe_block(spec.shape, block, local)}"
         else:
             evidence, blocks = find_evidence(tuple(map(jnp.asarray, grads)), local)
             if not evidence.finite:
                 raise _not_finite(spec.path)
-            block, reason = choose_block(spec.shape, blocks, evidence, local)
+            block, reason = choose_block(spec, blocks, evidence, local)
             kind = SharedBlocks(block)
         plans.append(LeafPlan(spec.path, spec.shape, kind, reason, partition))
     return plans

@@ -106,21 +106,19 @@ def distance_to_target(block: Shape, target: int = TARGET_BLOCK) -> float:
     return abs(math.log2(block_size(block) / target))
 
 
-def block_by_shape(shape: Shape, local: Shape | None = None) -> Shape:
+def block_by_shape(shape: Shape, local: Shape | None = None, *, is_output: bool = False) -> Shape:
     """The block of a leaf about which nothing is known; it must have candidates.
 
     Runs of one axis before boxes over several (rows may differ in size), short ones only in a
     matrix, the last axis first (it is contiguous, and the features of an embedding), but the first
-    of an output layer, as in a dual code; then the size nearest to the target.
+    of an output layer; then the size nearest to the target.
     """
-    last = len(shape) - 1
-    is_output = last == 1 and shape[1] > OUTPUT_LAYER * shape[0]
 
     def preference(block: Shape) -> tuple[bool, bool, bool, int, float]:
         axis, end, _ = read_cut(shape, block)
-        is_short = last > 1 and block_size(block) < MIN_BLOCK
-        off_axis = is_output and end != 0
-        return axis < end, is_short, off_axis, -end, distance_to_target(block)
+        is_short = len(shape) > 2 and block_size(block) < MIN_BLOCK
+        mixes_tokens = is_output and end > 0
+        return axis < end, is_short, mixes_tokens, -end, distance_to_target(block)
 
     return min(candidate_blocks(shape, local), key=preference)
 
@@ -163,7 +161,7 @@ def exact_if_none_fits(shape: Shape, local: Shape) -> tuple[Kind, str] | None:
     return Exact(), f"no block fits shards of {local}"
 
 
-def _is_output_layer(spec: LeafSpec) -> bool:
+def is_output_layer(spec: LeafSpec) -> bool:
     """Whether a matrix has one column per token or class, as far as shape and name tell."""
     if len(spec.shape) != 2:
         return False
@@ -194,7 +192,7 @@ def dual_block(
     while axis > 1 and local[axis] == shape[axis] and math.prod(local[axis:]) < DUAL_BLOCK:
         axis -= 1
     cuts = [(i, last) for i in range(axis, -1, -1)] + [(i, i) for i in range(last - 1, -1, -1)]
-    if pair_axis is None and _is_output_layer(spec):
+    if pair_axis is None and is_output_layer(spec):
         pair_axis = 0
     if pair_axis not in (None, last):
         cuts.insert(0, (pair_axis, pair_axis))
@@ -230,7 +228,7 @@ def dual_code(
     why = "by shape"
     if paired_axis(block) == pair_axis:
         why = "as asked"
-    elif paired_axis(block) == 0 and _is_output_layer(spec):
+    elif paired_axis(block) == 0 and is_output_layer(spec):
         why = "an output layer"
     return make(block), f"{why}: {describe_block(spec.shape, block, local)}"
 
@@ -243,7 +241,7 @@ def shared_blocks(
     exact = exact_if_none_fits(spec.shape, spec.shape if local is None else local)
     if exact is not None:
         return exact
-    block = block_by_shape(spec.shape, local)
+    block = block_by_shape(spec.shape, local, is_output=is_output_layer(spec))
     return SharedBlocks(block), f"by shape: {describe_block(spec.shape, block, local)}"
 
 

@@ -10,6 +10,11 @@ boxes that come within a tenth of the best one, the one nearest to the target si
 boxes save bytes, smaller ones give the momentum shorter scale groups. The reference looks at the
 same logarithm (`gefen_jax._period`), but only along flat runs, and by its local peaks.
 
+A share of a logarithm is not a loss. The tokens of a vocabulary differ in frequency by orders of
+magnitude, and sharing nu among them costs more than anything else, even where it explains as much:
+so no box holds several rows that could be blocks on their own, and in an output layer, known by its
+shape or name as in a dual code, blocks run along the inputs to one token.
+
 Everything is float32 and jitted, and works on sharded gradients: only one number per candidate
 reaches the host.
 """
@@ -101,14 +106,13 @@ def choose_block(
         return by_shape, f"zero gradient: by shape, {describe_block(shape, by_shape, local)}"
     if not blocks:
         return by_shape, f"no run divides {shape}: {describe_block(shape, by_shape, local)}"
-    best = max(evidence.explained)
-    if not best >= _NO_STRUCTURE:
-        return by_shape, f"no structure: {describe_block(shape, by_shape, local)}"
     found = list(zip(blocks, evidence.explained, strict=True))
     if is_output:
         found = [of for of in found if read_cut(shape, of[0]).end == 0] or found
-    least = _NEAR_BEST * max(share for _, share in found)
-    near = [of for of in found if of[1] >= least]
+    best = max(share for _, share in found)
+    if not best >= _NO_STRUCTURE:
+        return by_shape, f"no structure: {describe_block(shape, by_shape, local)}"
+    near = [of for of in found if of[1] >= _NEAR_BEST * best]
     block, share = min(near, key=lambda of: (distance_to_target(of[0]), -of[1]))
     words = describe_block(shape, block, local)
     return block, f"peak at {words}: {share:.0%} of the variance of log g^2"

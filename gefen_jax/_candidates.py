@@ -56,7 +56,7 @@ def _spans(shape: Shape, local: Shape) -> list[tuple[int, int, int]]:
 
 
 def least_block(shape: Shape, local: Shape) -> int:
-    """The fewest elements of a leaf's block: MIN_BLOCK, or a shorter row or column of its matrices."""
+    """The fewest elements of a leaf's block: MIN_BLOCK, or a shorter row or column's."""
     short = (
         n
         for n, held in zip(shape[-2:], local[-2:], strict=True)
@@ -70,9 +70,9 @@ def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
 
     Of every cut, the runs nearest to the least block and each doubling of it: a highly composite
     axis has dozens of divisors, which say no more. None is a box of several rows that are blocks on
-    their own: rows of an embedding that share a second moment cost most of all. A leaf that has none (a long vector of prime
-    length) gets runs of about TARGET_BLOCK elements with a shorter last one. A narrow shard may be
-    a run as it is; below _NARROW elements there is none.
+    their own: where rows of an embedding share a second moment, it costs most of all. A leaf that
+    has none (a long vector of prime length) gets runs of about TARGET_BLOCK elements with a shorter
+    last one. A narrow shard may be a run as it is; below _NARROW elements there is none.
     """
     local = shape if local is None else local
     least, blocks = least_block(shape, local), set()

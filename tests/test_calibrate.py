@@ -87,6 +87,16 @@ def test_planted_structure_is_found(name):
 
 
 @blocks_only
+def test_tokens_of_an_output_layer_share_nothing():
+    # What inputs have in common explains more here, and yet a block is inputs to one token.
+    grads = {name: _planted((128, 512), (1, 512)) for name in ("w", "lm_head")}
+    grads["wide"] = _planted((64, 1024), (1, 1024))  # more than eight columns to a row
+    plan = gx.calibrate(grads, grads)
+    found = {leaf.path: leaf.kind.block for leaf in plan.leaves}
+    assert found == {"w": (1, 512), "lm_head": (128, 1), "wide": (64, 1)}
+
+
+@blocks_only
 def test_structure_in_larger_blocks_gets_blocks_of_the_target_size():
     # Any block inside of the planted one explains as much; 1024 is the size aimed for.
     grads = {"w": _planted((16, 4096), (1, 4096))}

@@ -1,19 +1,16 @@
-"""The axis rule: which box of a leaf explains the size of its squared gradient.
+"""The axis rule: which box of a leaf explains the size of its gradient.
 
-With s the squared gradient (the mean over the gradients given) and y = log(s / mean(s) + 1e-12),
-a box explains the share
+With y the magnitude of the gradient, element by element (the root mean square over the gradients
+given), a box explains the share
 
     R^2 = Var(mean of y over each box) / Var(y),   less the 1/n that n independent values give,
 
 of the variance of y. That is what sharing nu inside the box keeps; the rest is lost. Among the
 boxes that come within a tenth of the best one, the one nearest to the target size is taken: larger
 boxes save bytes, smaller ones give the momentum shorter scale groups. The reference looks at the
-same logarithm (`gefen_jax._period`), but only along flat runs, and by its local peaks.
-
-A share of a logarithm is not a loss. The tokens of a vocabulary differ in frequency by orders of
-magnitude, and sharing nu among them costs more than anything else, even where it explains as much:
-so no box holds several rows that could be blocks on their own, and in an output layer, known by its
-shape or name as in a dual code, blocks run along the inputs to one token.
+logarithm of y^2 (`gefen_jax._period`), along flat runs, and by its local peaks. Here it misled:
+the tokens that a batch does not hold make up most of its variance, so that two tokens may share,
+and nearly as much is explained in an output layer by what all tokens have in common.
 
 Everything is float32 and jitted, and works on sharded gradients: only one number per candidate
 reaches the host.
@@ -25,7 +22,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gefen_jax._blocks import Shape, block_size, read_cut, runs_divide, split
+from gefen_jax._blocks import Shape, block_size, runs_divide, split
 from gefen_jax._candidates import (
     block_by_shape,
     candidate_blocks,
@@ -36,7 +33,6 @@ from gefen_jax._candidates import (
 from gefen_jax._paths import LeafSpec
 from gefen_jax._replicated import replicated
 
-_FLOOR = 1e-12  # relative to the mean: unlike the reference's, it knows no unit
 _NO_STRUCTURE = 0.01  # explained share below which blocks are noise
 _NEAR_BEST = 0.9
 
@@ -57,9 +53,9 @@ def _evidence(
     safe = jnp.where(peak > 0, peak, 1)
     squares = [jnp.square(g.astype(jnp.float32) / safe) for g in grads]
     square = functools.reduce(jnp.add, squares) / len(grads)
-    mean = _staged_mean(square)
-    y = jnp.log(square / jnp.where(mean > 0, mean, 1) + _FLOOR)
-    y = y - _staged_mean(y)
+    size = jnp.sqrt(square)
+    mean = _staged_mean(size)
+    y = size - mean
     variance = _staged_mean(y * y)
     explained = _explained(y, blocks) / jnp.where(variance > 0, variance, 1)
     # XLA's maximum on a CPU passes over NaN; a mean does not.
@@ -100,19 +96,17 @@ def choose_block(
     spec: LeafSpec, blocks: tuple[Shape, ...], evidence: Evidence, local: Shape | None = None
 ) -> tuple[Shape, str]:
     """The block of a leaf and the reason."""
-    shape, is_output = spec.shape, is_output_layer(spec)
-    by_shape = block_by_shape(shape, local, is_output=is_output)
+    shape = spec.shape
+    by_shape = block_by_shape(shape, local, is_output=is_output_layer(spec))
     if evidence.zero:
         return by_shape, f"zero gradient: by shape, {describe_block(shape, by_shape, local)}"
     if not blocks:
         return by_shape, f"no run divides {shape}: {describe_block(shape, by_shape, local)}"
-    found = list(zip(blocks, evidence.explained, strict=True))
-    if is_output:
-        found = [of for of in found if read_cut(shape, of[0]).end == 0] or found
-    best = max(share for _, share in found)
+    best = max(evidence.explained)
     if not best >= _NO_STRUCTURE:
         return by_shape, f"no structure: {describe_block(shape, by_shape, local)}"
-    near = [of for of in found if of[1] >= _NEAR_BEST * best]
-    block, share = min(near, key=lambda of: (distance_to_target(of[0]), -of[1]))
-    words = describe_block(shape, block, local)
-    return block, f"peak at {words}: {share:.0%} of the variance of log g^2"
+    near = [i for i, r in enumerate(evidence.explained) if r >= _NEAR_BEST * best]
+    chosen = min(near, key=lambda i: (distance_to_target(blocks[i]), -evidence.explained[i]))
+    share = evidence.explained[chosen]
+    words = describe_block(shape, blocks[chosen], local)
+    return blocks[chosen], f"peak at {words}: {share:.0%} of the variance of |g|"

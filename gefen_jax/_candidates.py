@@ -69,18 +69,14 @@ def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
     """Boxes of up to MAX_BLOCK elements whose runs divide their axis, and fit the shards.
 
     Of every cut, the runs nearest to the least block and each doubling of it: a highly composite
-    axis has dozens of divisors, which say no more. None is a box of several rows that are blocks on
-    their own: where rows of an embedding share a second moment, it costs most of all. A leaf that
-    has none (a long vector of prime length) gets runs of about TARGET_BLOCK elements with a shorter
-    last one. A narrow shard may be a run as it is; below _NARROW elements there is none.
+    axis has dozens of divisors, which say no more. A leaf that has none (a long vector of prime
+    length) gets runs of about TARGET_BLOCK elements with a shorter last one. A narrow shard may be
+    a run as it is; below _NARROW elements there is none.
     """
     local = shape if local is None else local
     least, blocks = least_block(shape, local), set()
     for axis, end, whole in _spans(shape, local):
-        runs = _divisors(local[axis])
-        if axis < end and whole >= least:
-            runs = [d for d in runs if d in (1, shape[axis])]
-        sizes = [d * whole for d in runs if least <= d * whole <= MAX_BLOCK]
+        sizes = [d * whole for d in _divisors(local[axis]) if least <= d * whole <= MAX_BLOCK]
         goal = least
         while sizes and goal <= MAX_BLOCK:
             size = min(sizes, key=lambda n: abs(math.log2(n / goal)))  # noqa: B023 (used at once)

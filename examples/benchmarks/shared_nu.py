@@ -34,9 +34,9 @@ _ROWS = "row", "column"
 _GPT = {
     "qkv": (*_ROWS, "third of a row"),
     "mlp_in": _ROWS,
-    "mlp_out": _ROWS,
+    "mlp_out": (*_ROWS, "two rows"),
     "attention_out": _ROWS,
-    "tokens": (*_ROWS, "two rows"),
+    "tokens": _ROWS,
 }
 # By task: which blocks are tried where a leaf's path holds a name.
 LEAVES = {

@@ -46,11 +46,10 @@ def calibrate(
     r"""Infers the blocks of every leaf and learns the codebook, from one gradient or several.
 
     With the rule "axis", a leaf gets the box, along whichever axis, that explains the variance of
-    :math:`\log g^2`, but no tokens of an output layer share one; small leaves keep exact moments; a
-    leaf without structure or without a gradient gets a block by its shape. With "reference" every
-    leaf gets the flat period of the Gefen package. The codebook minimises the squared error of the
-    gradients divided by their block's largest magnitude, exactly, with -1, 1 and (but for
-    "reference") 0 fixed.
+    the gradient's magnitude; small leaves keep exact moments; a leaf without structure or without a
+    gradient gets a block by its shape. With "reference" every leaf gets the flat period of the
+    Gefen package. The codebook minimises the squared error of the gradients divided by their
+    block's largest magnitude, exactly, with -1, 1 and (but for "reference") 0 fixed.
 
     Runs on the host, once, before training; the arrays may live on any devices and in any
     sharding. Needs at most one leaf of float32 beyond the gradients, at a time.
@@ -83,7 +82,7 @@ def calibrate(
       >>> grads = {"w": rows * jax.random.normal(jax.random.key(1), (128, 512))}
       >>> plan = gx.calibrate(grads, grads)
       >>> print(plan["w"].kind, plan["w"].reason)
-      SharedBlocks(block=(1, 512)) peak at 512 along the last axis: 40% of the variance of log g^2
+      SharedBlocks(block=(1, 512)) peak at 512 along the last axis: 49% of the variance of |g|
 
     References:
       Benedek, Koren and Fried, `Gefen: Optimized Stochastic Optimizer

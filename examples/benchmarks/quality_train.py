@@ -67,11 +67,11 @@ def clipped(recipe: Recipe) -> optax.GradientTransformation:
     if recipe.spike == 1.0:
         return clip
 
-    def spike(grads: Any, count: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
-        factor = jnp.where(count == recipe.steps // 2, recipe.spike, 1.0)
-        return optax.tree.scale(factor, grads), count + 1
+    def spike(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = jnp.where(state == recipe.steps // 2, recipe.spike, 1.0)
+        return optax.tree.scale(factor, updates), state + 1
 
-    count = optax.GradientTransformation(lambda _: jnp.zeros([], jnp.int32), spike)
+    count = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), spike)
     return optax.chain(clip, count)
 
 

@@ -23,6 +23,9 @@ import optax
 from _common import write
 from quality import TASKS  # which knows where the tasks' models are
 from quality_train import Params, Recipe, Trainer, clipped
+from rich.console import Console
+
+At = tuple[Params, Any]  # where a run is: parameters and state
 
 BLOCKS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
     "row": lambda shape: (*(1 for _ in shape[:-1]), shape[-1]),
@@ -58,8 +61,8 @@ def scale_by_adam(b2: float, leaves: str, blocks: str) -> optax.GradientTransfor
     """Adam's update, with nu shared where the path matches ``leaves``; its state is Optax's."""
     inner = optax.scale_by_adam(b2=b2)
 
-    def update(grads: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
-        _, state = inner.update(grads, state)
+    def update(updates: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
+        _, state = inner.update(updates, state)
 
         def of(path: Any, mu: jax.Array, nu: jax.Array) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -89,15 +92,15 @@ class SharedNu(Trainer):
         )
         self._step = jax.jit(self._one_step)
 
-    def advance(self, params: Params, state: Any, batches: Sequence[Any], peak: float) -> Any:
+    def advance(self, at: At, batches: Sequence[Any], peak: float) -> At:
         """Parameters and state after a step on every batch."""
         for batch in batches:
-            params, state = self._step(params, state, self._problem.frozen, batch, peak)
-        return params, state
+            at = self._advance(*at, batch, peak)
+        return at
 
-    def after(self, taken: Any, batches: Sequence[Any], peak: float) -> float:
+    def after(self, at: At, batches: Sequence[Any], peak: float) -> float:
         """The validation loss after going on."""
-        params, _ = self.advance(*taken, batches, peak)
+        params, _ = self.advance(at, batches, peak)
         return float(self._validate(params, self._problem.frozen, self._problem.data.validation))
 
 
@@ -108,9 +111,10 @@ def excesses(task_name: str, seed: int) -> dict[str, dict[str, list[float]]]:
     trainer, peak = SharedNu(task.prepare(False), recipe, seed), task.best_lr
     batches = list(itertools.islice(trainer._batches(), task.steps))
     starts = [round(task.steps * part) for part in STARTS]
-    taken, at = {}, trainer._begin(peak)
+    taken: dict[int, At] = {}
+    at = trainer._begin(peak)
     for before, start in itertools.pairwise([0, *starts]):
-        at = taken[start] = trainer.advance(*at, batches[before:start], peak)
+        at = taken[start] = trainer.advance(at, batches[before:start], peak)
     ahead = {start: batches[start : start + STEPS] for start in starts}
     exact = {start: trainer.after(taken[start], ahead[start], peak) for start in starts}
     found: dict[str, dict[str, list[float]]] = {}
@@ -119,7 +123,7 @@ def excesses(task_name: str, seed: int) -> dict[str, dict[str, list[float]]]:
         losses = (trainer.after(taken[start], ahead[start], peak) for start in starts)
         of = [round(loss - exact[start], 5) for start, loss in zip(starts, losses, strict=True)]
         found.setdefault(name, {})[blocks] = of
-        print(task_name, name, blocks, of, flush=True)
+        Console().print(f"{task_name}, {name}, {blocks}: {of}")
     return found
 
 

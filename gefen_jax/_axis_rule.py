@@ -1,14 +1,16 @@
-"""The axis rule: which box of a leaf explains the size of its squared gradient.
+"""The axis rule: which box of a leaf explains the size of its gradient.
 
-With s the squared gradient (the mean over the gradients given) and y = log(s / mean(s) + 1e-12),
-a box explains the share
+With y the magnitude of the gradient, element by element (the root mean square over the gradients
+given), a box explains the share
 
     R^2 = Var(mean of y over each box) / Var(y),   less the 1/n that n independent values give,
 
 of the variance of y. That is what sharing nu inside the box keeps; the rest is lost. Among the
 boxes that come within a tenth of the best one, the one nearest to the target size is taken: larger
 boxes save bytes, smaller ones give the momentum shorter scale groups. The reference looks at the
-same logarithm (`gefen_jax._period`), but only along flat runs, and by its local peaks.
+logarithm of y^2 (`gefen_jax._period`), along flat runs, and by its local peaks. Here it misled:
+the tokens that a batch does not hold make up most of its variance, so that two tokens may share,
+and nearly as much is explained in an output layer by what all tokens have in common.
 
 Everything is float32 and jitted, and works on sharded gradients: only one number per candidate
 reaches the host.
@@ -26,10 +28,11 @@ from gefen_jax._candidates import (
     candidate_blocks,
     describe_block,
     distance_to_target,
+    is_output_layer,
 )
+from gefen_jax._paths import LeafSpec
 from gefen_jax._replicated import replicated
 
-_FLOOR = 1e-12  # relative to the mean: unlike the reference's, it knows no unit
 _NO_STRUCTURE = 0.01  # explained share below which blocks are noise
 _NEAR_BEST = 0.9
 
@@ -50,9 +53,9 @@ def _evidence(
     safe = jnp.where(peak > 0, peak, 1)
     squares = [jnp.square(g.astype(jnp.float32) / safe) for g in grads]
     square = functools.reduce(jnp.add, squares) / len(grads)
-    mean = _staged_mean(square)
-    y = jnp.log(square / jnp.where(mean > 0, mean, 1) + _FLOOR)
-    y = y - _staged_mean(y)
+    size = jnp.sqrt(square)
+    mean = _staged_mean(size)
+    y = size - mean
     variance = _staged_mean(y * y)
     explained = _explained(y, blocks) / jnp.where(variance > 0, variance, 1)
     # XLA's maximum on a CPU passes over NaN; a mean does not.
@@ -90,10 +93,11 @@ def find_evidence(
 
 
 def choose_block(
-    shape: Shape, blocks: tuple[Shape, ...], evidence: Evidence, local: Shape | None = None
+    spec: LeafSpec, blocks: tuple[Shape, ...], evidence: Evidence, local: Shape | None = None
 ) -> tuple[Shape, str]:
     """The block of a leaf and the reason."""
-    by_shape = block_by_shape(shape, local)
+    shape = spec.shape
+    by_shape = block_by_shape(shape, local, is_output=is_output_layer(spec))
     if evidence.zero:
         return by_shape, f"zero gradient: by shape, {describe_block(shape, by_shape, local)}"
     if not blocks:
@@ -105,4 +109,4 @@ def choose_block(
     chosen = min(near, key=lambda i: (distance_to_target(blocks[i]), -evidence.explained[i]))
     share = evidence.explained[chosen]
     words = describe_block(shape, blocks[chosen], local)
-    return blocks[chosen], f"peak at {words}: {share:.0%} of the variance of log g^2"
+    return blocks[chosen], f"peak at {words}: {share:.0%} of the variance of |g|"

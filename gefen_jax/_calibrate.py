@@ -17,6 +17,7 @@ from gefen_jax._candidates import (
     decided_by_size,
     describe_block,
     exact_if_none_fits,
+    is_output_layer,
 )
 from gefen_jax._constants import HISTOGRAM_BINS
 from gefen_jax._flat_periods import FlatPeriods
@@ -45,7 +46,7 @@ def calibrate(
     r"""Infers the blocks of every leaf and learns the codebook, from one gradient or several.
 
     With the rule "axis", a leaf gets the box, along whichever axis, that explains the variance of
-    :math:`\log g^2`; small leaves keep exact moments; a leaf without structure or without a
+    the gradient's magnitude; small leaves keep exact moments; a leaf without structure or without a
     gradient gets a block by its shape. With "reference" every leaf gets the flat period of the
     Gefen package. The codebook minimises the squared error of the gradients divided by their
     block's largest magnitude, exactly, with -1, 1 and (but for "reference") 0 fixed.
@@ -81,7 +82,7 @@ def calibrate(
       >>> grads = {"w": rows * jax.random.normal(jax.random.key(1), (128, 512))}
       >>> plan = gx.calibrate(grads, grads)
       >>> print(plan["w"].kind, plan["w"].reason)
-      SharedBlocks(block=(1, 512)) peak at 512 along the last axis: 40% of the variance of log g^2
+      SharedBlocks(block=(1, 512)) peak at 512 along the last axis: 49% of the variance of |g|
 
     References:
       Benedek, Koren and Fried, `Gefen: Optimized Stochastic Optimizer
@@ -202,14 +203,14 @@ def _axis_leaves(leaves: list[_Leaf], held: dict[str, Share]) -> list[LeafPlan]:
             if not all(bool(jnp.all(jnp.isfinite(g))) for g in grads):
                 raise _not_finite(spec.path)
         elif not grads:
-            block = block_by_shape(spec.shape, local)
+            block = block_by_shape(spec.shape, local, is_output=is_output_layer(spec))
             kind = SharedBlocks(block)
             reason = f"no gradient: by shape, {describe_block(spec.shape, block, local)}"
         else:
             evidence, blocks = find_evidence(tuple(map(jnp.asarray, grads)), local)
             if not evidence.finite:
                 raise _not_finite(spec.path)
-            block, reason = choose_block(spec.shape, blocks, evidence, local)
+            block, reason = choose_block(spec, blocks, evidence, local)
             kind = SharedBlocks(block)
         plans.append(LeafPlan(spec.path, spec.shape, kind, reason, partition))
     return plans

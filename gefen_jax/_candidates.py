@@ -16,6 +16,7 @@ from gefen_jax._constants import (
     DUAL_MIN,
     MAX_BLOCK,
     MIN_BLOCK,
+    NARROW_BLOCK,
     OUTPUT_LAYER,
     SMALL_LEAF,
     TARGET_BLOCK,
@@ -54,19 +55,29 @@ def _spans(shape: Shape, local: Shape) -> list[tuple[int, int, int]]:
     ]
 
 
-def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
-    """Boxes of MIN_BLOCK to MAX_BLOCK elements whose runs divide their axis, and fit the shards.
+def least_block(shape: Shape, local: Shape) -> int:
+    """The fewest elements of a leaf's block: MIN_BLOCK, or a shorter row or column's."""
+    short = (
+        n
+        for n, held in zip(shape[-2:], local[-2:], strict=True)
+        if n == held and NARROW_BLOCK <= n < MIN_BLOCK
+    )
+    return min(short, default=MIN_BLOCK)
 
-    Of every cut, the runs nearest to each power of two in that range: a highly composite axis has
-    dozens of divisors, which say no more. A leaf that has none (a long vector of prime length)
-    gets runs of about TARGET_BLOCK elements with a shorter last one. A narrow shard may be a run
-    as it is; below _NARROW elements there is none.
+
+def candidate_blocks(shape: Shape, local: Shape | None = None) -> list[Shape]:
+    """Boxes of up to MAX_BLOCK elements whose runs divide their axis, and fit the shards.
+
+    Of every cut, the runs nearest to the least block and each doubling of it: a highly composite
+    axis has dozens of divisors, which say no more. A leaf that has none (a long vector of prime
+    length) gets runs of about TARGET_BLOCK elements with a shorter last one. A narrow shard may be
+    a run as it is; below _NARROW elements there is none.
     """
     local = shape if local is None else local
-    blocks = set()
+    least, blocks = least_block(shape, local), set()
     for axis, end, whole in _spans(shape, local):
-        sizes = [d * whole for d in _divisors(local[axis]) if MIN_BLOCK <= d * whole <= MAX_BLOCK]
-        goal = MIN_BLOCK
+        sizes = [d * whole for d in _divisors(local[axis]) if least <= d * whole <= MAX_BLOCK]
+        goal = least
         while sizes and goal <= MAX_BLOCK:
             size = min(sizes, key=lambda n: abs(math.log2(n / goal)))  # noqa: B023 (used at once)
             blocks.add(make_block(shape, Cut(axis, end, size // whole)))
@@ -91,16 +102,19 @@ def distance_to_target(block: Shape, target: int = TARGET_BLOCK) -> float:
     return abs(math.log2(block_size(block) / target))
 
 
-def block_by_shape(shape: Shape, local: Shape | None = None) -> Shape:
+def block_by_shape(shape: Shape, local: Shape | None = None, *, is_output: bool = False) -> Shape:
     """The block of a leaf about which nothing is known; it must have candidates.
 
-    Runs of one axis before boxes over several (rows may differ in size), the last axis first (it
-    is contiguous, and the features of an embedding), then the size nearest to the target.
+    Runs of one axis before boxes over several (rows may differ in size), short ones only in a
+    matrix, the last axis first (it is contiguous, and the features of an embedding), but the first
+    of an output layer; then the size nearest to the target.
     """
 
-    def preference(block: Shape) -> tuple[bool, int, float]:
+    def preference(block: Shape) -> tuple[bool, bool, bool, int, float]:
         axis, end, _ = read_cut(shape, block)
-        return axis < end, -end, distance_to_target(block)
+        is_short = len(shape) > 2 and block_size(block) < MIN_BLOCK
+        mixes_tokens = is_output and end > 0
+        return axis < end, is_short, mixes_tokens, -end, distance_to_target(block)
 
     return min(candidate_blocks(shape, local), key=preference)
 
@@ -143,7 +157,7 @@ def exact_if_none_fits(shape: Shape, local: Shape) -> tuple[Kind, str] | None:
     return Exact(), f"no block fits shards of {local}"
 
 
-def _is_output_layer(spec: LeafSpec) -> bool:
+def is_output_layer(spec: LeafSpec) -> bool:
     """Whether a matrix has one column per token or class, as far as shape and name tell."""
     if len(spec.shape) != 2:
         return False
@@ -174,7 +188,7 @@ def dual_block(
     while axis > 1 and local[axis] == shape[axis] and math.prod(local[axis:]) < DUAL_BLOCK:
         axis -= 1
     cuts = [(i, last) for i in range(axis, -1, -1)] + [(i, i) for i in range(last - 1, -1, -1)]
-    if pair_axis is None and _is_output_layer(spec):
+    if pair_axis is None and is_output_layer(spec):
         pair_axis = 0
     if pair_axis not in (None, last):
         cuts.insert(0, (pair_axis, pair_axis))
@@ -210,7 +224,7 @@ def dual_code(
     why = "by shape"
     if paired_axis(block) == pair_axis:
         why = "as asked"
-    elif paired_axis(block) == 0 and _is_output_layer(spec):
+    elif paired_axis(block) == 0 and is_output_layer(spec):
         why = "an output layer"
     return make(block), f"{why}: {describe_block(spec.shape, block, local)}"
 
@@ -223,7 +237,7 @@ def shared_blocks(
     exact = exact_if_none_fits(spec.shape, spec.shape if local is None else local)
     if exact is not None:
         return exact
-    block = block_by_shape(spec.shape, local)
+    block = block_by_shape(spec.shape, local, is_output=is_output_layer(spec))
     return SharedBlocks(block), f"by shape: {describe_block(spec.shape, block, local)}"
 
 

@@ -19,7 +19,9 @@ VECTOR_SHARE = 0.01
 
 # Elements of a shared block: few enough for one scale, enough to keep 8 bytes per block small
 # (8 / 256 = 0.031 bytes per parameter). Among blocks that explain the gradient equally well, the
-# one nearest to the target is taken.
+# one nearest to the target is taken. A matrix with shorter rows or columns has blocks as small as
+# these, if not narrower than NARROW_BLOCK.
+NARROW_BLOCK = 64
 MIN_BLOCK = 256
 TARGET_BLOCK = 1024
 MAX_BLOCK = 4096

@@ -1,10 +1,10 @@
 """Bytes of state per parameter on the shapes of real models: by shape, calibrated, and at worst.
 
 Why these bounds can hold: a leaf of shared blocks takes 1 byte per element and 8 per block, 1 +
-8 / 1024 with the blocks aimed at and 1 + 8 / 256 with the smallest allowed; a dual code 1 + 5 / 256
-but where axes are short, its blocks go by shape alone; a leaf of at most 4,096 elements and the
-vectors, under 1 % of these models, take 8 bytes per element. Every number below is exact arithmetic
-on shapes: the bounds have no tolerance.
+8 / 1024 with the blocks aimed at, 1 + 8 / 256 with the smallest runs and 1 + 8 / 64 where a whole
+axis is that narrow; a dual code 1 + 5 / 256 but where axes are short, its blocks go by shape alone;
+a leaf of at most 4,096 elements and the vectors, under 1 % of these models, take 8 bytes per
+element. Every number below is exact arithmetic on shapes: the bounds have no tolerance.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import gefen_jax as gx
 from gefen_jax._blocks import stats_shape
 from gefen_jax._candidates import block_by_shape, candidate_blocks
-from gefen_jax._constants import MIN_BLOCK
+from gefen_jax._constants import NARROW_BLOCK
 
 pytestmark = pytest.mark.once
 
@@ -185,7 +185,7 @@ def check_block(shape: tuple[int, ...], gradient: str, seed: int) -> None:
     g = {"w": jnp.asarray(GRADIENTS[gradient](np.random.default_rng(seed), shape), jnp.float32)}
     leaf = gx.calibrate(g, g)["w"]
     assert leaf.kind.block in (*candidate_blocks(shape), block_by_shape(shape))
-    assert leaf.nbytes <= leaf.size * (1 + 8 / MIN_BLOCK)
+    assert leaf.nbytes <= leaf.size * (1 + 8 / NARROW_BLOCK)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)

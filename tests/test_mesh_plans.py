@@ -41,11 +41,11 @@ _BLOCKS = {
     "both": ("w", (512, 1024), (128, 128), (1, 128), (1, 128)),
     "narrow both": ("w", (512, 256), (64, 32), (1, 32), (1, 32)),
     "narrower than any": ("w", (64, 128), (8, 8), None, None),
-    "an output layer": ("w", (256, 4096), (256, 512), (256, 1), (1, 512)),
+    "an output layer": ("w", (256, 4096), (256, 512), (256, 1), (256, 1)),
     "an output layer's rows": ("w", (256, 4096), (32, 4096), (32, 1), (1, 1024)),
     "experts": ("w", (8, 64, 512), (1, 64, 512), (1, 1, 256), (1, 1, 512)),
     "experts' columns": ("w", (8, 64, 512), (1, 64, 128), (1, 1, 128), (1, 1, 128)),
-    "heads": ("w", (64, 16, 64), (64, 2, 64), (1, 2, 64), (1, 2, 64)),
+    "heads": ("w", (64, 16, 64), (64, 2, 64), (1, 2, 64), (1, 1, 64)),
     "odd columns": ("w", (512, 8 * 37), (512, 37), (256, 1), (512, 1)),
     "a long vector": ("w", (100_000,), (12_500,), (250,), (1250,)),
 }
@@ -244,8 +244,8 @@ def test_calibration_without_evidence_fits_too():
     grads["narrow"] = np.ones((64, 128), np.float32)
     specs = {"zero": P(None, "x"), "none": P("x", None), "narrow": P("y", "x")}
     plan = gx.calibrate(params, grads, specs=specs, mesh=_mesh(x=16, y=8))
-    assert plan["zero"].kind.block == (1, 64)
-    assert plan["zero"].reason.endswith("64 along the last axis, in shards of (128, 64)")
+    assert plan["zero"].kind.block == (128, 1)
+    assert plan["zero"].reason.endswith("128 along axis 0, in shards of (128, 64)")
     assert plan["none"].kind.block == (1, 1024) and plan["none"].reason.startswith("no gradient")
     assert plan["narrow"].kind == gx.Exact()
     assert plan["narrow"].reason == "no block fits shards of (8, 8)"

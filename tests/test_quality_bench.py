@@ -14,7 +14,7 @@ import quality_report
 import torch_gefen
 from quality_statistics import best_lr, by_setup, compare, losses, paired, t_quantile
 from quality_tasks import TASKS
-from quality_train import Recipe, Trainer
+from quality_train import Recipe, Trainer, clipped
 
 pytestmark = pytest.mark.once
 
@@ -75,6 +75,17 @@ def test_a_run_is_the_plain_loop(models):
     distances = jax.tree.map(lambda a, b: abs(a - b).ravel(), run(lr).params, params)
     distances = np.concatenate(jax.tree.leaves(distances)) / (lr * steps)
     assert distances.max() < 0.1 and np.quantile(distances, 0.99) < 1e-4
+
+
+def test_a_spike_is_one_gradient_after_the_clipping():
+    recipe = Recipe("adamw", steps=4, b2=0.99, weight_decay=0.1, spike=100.0)
+    tx, grads = clipped(recipe), {"w": np.full(4, 3.0, np.float32)}  # of norm 6
+    state, seen = tx.init(grads), []
+    for _ in range(4):
+        clean, state = tx.update(grads, state)
+        seen.append(float(clean["w"][0]))
+    # A division and a product in float32: two roundings of 6e-8 each.
+    assert seen == pytest.approx([0.5, 0.5, 50.0, 0.5], rel=1e-6)
 
 
 def test_lora_starts_from_the_pretrained_model(bench):

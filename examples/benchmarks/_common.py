@@ -1,9 +1,11 @@
 """What the benchmarks share: where results go, and what machine they come from."""
 
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,21 @@ def environment() -> dict[str, Any]:
         "device": device.device_kind,
         "backend": jax.default_backend(),
     }
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the code, as it is at the first call; None outside of git.
+
+    Changes that are not committed add "-dirty", but for result files: these come from the code.
+    """
+    git = functools.partial(subprocess.check_output, cwd=RESULTS.parent, text=True)
+    try:
+        name = git(["git", "rev-parse", "--short=10", "HEAD"]).strip()
+        changed = git(["git", "status", "--porcelain", "--", ":/", ":(exclude)results"])
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{name}-dirty" if changed else name
 
 
 def _cpu_name() -> str:

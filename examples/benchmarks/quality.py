@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).parent.parent))  # where char_lm is
-from _common import RESULTS, environment  # noqa: E402
+from _common import RESULTS, commit, environment  # noqa: E402
 from quality_tasks import TASKS  # noqa: E402
 from quality_train import Outcome, Problem, Recipe, Trainer  # noqa: E402
 from quality_variants import SIMULATED_BYTES, VARIANTS  # noqa: E402
@@ -118,6 +118,7 @@ def row_of(job: Job, problem: Problem, trainer: Trainer, outcome: Outcome) -> di
         "data_sha256": problem.data.sha256,
         **{name: versions[name] for name in ("python", "jax", "optax", "gefen_jax", "cpu")},
         **trainer.versions,
+        "commit": commit(),
     }
 
 
@@ -125,14 +126,14 @@ def run(
     jobs: Sequence[Job], options: argparse.Namespace, make_trainer: type[Trainer] = Trainer
 ) -> Iterator[dict[str, Any]]:
     """Runs the jobs in order; a task's data and a group's step are made once."""
+    commit()  # that of the code that is loaded, though it may change while this runs
     for task_name, of_task in itertools.groupby(jobs, lambda job: job.task):
         task = TASKS[task_name]
         problem = task.prepare(options.quick)
         for (_, variant, seed), of_group in itertools.groupby(of_task, lambda job: job.group):
             group = list(of_group)
-            recipe = Recipe(
-                variant, group[0].steps, group[0].b2, task.weight_decay, options.grad_dtype
-            )
+            steps, b2 = group[0].steps, group[0].b2
+            recipe = Recipe(variant, steps, b2, task.weight_decay, options.grad_dtype, task.spike)
             trainer = make_trainer(problem, recipe, seed)
             for job in group:
                 row = row_of(job, problem, trainer, trainer.run(job.lr))

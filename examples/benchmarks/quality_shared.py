@@ -10,6 +10,7 @@ the blocks that `calibrate` finds in the first gradient, for the whole run.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import quality
-from quality_train import Params, Trainer
+from quality_train import Params, Trainer, clipped
 
 import gefen_jax as gx
 
@@ -46,13 +47,18 @@ def _by_shape(_: SharedTrainer, params: Params) -> gx.Plan:
     return gx.plan_by_shape(params, kind="shared_blocks")
 
 
-def _by_row(trainer: SharedTrainer, params: Params) -> gx.Plan:
-    """A block is one input's weights: shorter, on these tasks, than `calibrate` makes them."""
+def _by_row(trainer: SharedTrainer, params: Params, columns: str = "", thirds: str = "") -> gx.Plan:
+    """A block is one input's weights; where a path matches ``columns``, one output's.
+
+    Where it matches ``thirds``, a third of a row: of q, k or v.
+    """
     plan = _calibrated(1, trainer, params)
     for leaf in plan.leaves:
         if isinstance(leaf.kind, gx.SharedBlocks):
-            row = gx.SharedBlocks((*(1 for _ in leaf.shape[:-1]), leaf.shape[-1]))
-            plan = plan.with_kind(leaf.path, row)
+            axis = len(leaf.shape) - (2 if fnmatch.fnmatchcase(leaf.path, columns) else 1)
+            parts = 3 if fnmatch.fnmatchcase(leaf.path, thirds) else 1
+            block = tuple(n // parts if i == axis else 1 for i, n in enumerate(leaf.shape))
+            plan = plan.with_kind(leaf.path, gx.SharedBlocks(block))
     return plan
 
 
@@ -76,6 +82,9 @@ VARIANTS = {
         f"{GRADIENTS} gradients": Variant(functools.partial(_calibrated, GRADIENTS)),
         "by shape": Variant(_by_shape),
         "by row": Variant(_by_row),
+        "by row, mlp_in by column": Variant(functools.partial(_by_row, columns="*mlp_in*")),
+        "by row, qkv by column": Variant(functools.partial(_by_row, columns="*qkv*")),
+        "by row, qkv in thirds": Variant(functools.partial(_by_row, thirds="*qkv*")),
         "planned again": Variant(_ONE, _again),
         "codebook of the momentum": Variant(_ONE, _codebook_of_momentum),
         "matched updates": Variant(_ONE, matched=True),
@@ -112,7 +121,7 @@ class SharedTrainer(Trainer):
         """Trains with this plan from now on."""
         recipe, self._plan = self._recipe, plan
         self._tx = optax.chain(
-            optax.clip_by_global_norm(1.0),
+            clipped(recipe),
             gx.scale_by_gefen(b2=recipe.b2, plan=plan),
             optax.stateless_with_tree_map(lambda u, _: _match(u))
             if self._variant.matched

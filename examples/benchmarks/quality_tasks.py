@@ -31,6 +31,7 @@ class Task:
     b2: float
     weight_decay: float
     seconds: float
+    spike: float = 1.0  # as in `Recipe`
 
 
 def _decay_but_norms(params: Params) -> Params:
@@ -113,4 +114,5 @@ TASKS: dict[str, Task] = {
     "vit": Task(vit, 400, 1e-3, b2=0.999, weight_decay=0.1, seconds=36),
     "finetune": Task(finetune, 400, 4e-3, b2=0.999, weight_decay=0.01, seconds=80),
     "lora": Task(lora, 400, 8e-3, b2=0.999, weight_decay=0.0, seconds=80),
+    "gpt_spike": Task(gpt, 600, 4e-3, b2=0.99, weight_decay=0.1, seconds=120, spike=100.0),
 }

@@ -44,6 +44,7 @@ class Recipe:
     b2: float
     weight_decay: float
     grad_dtype: str = "float32"
+    spike: float = 1.0  # what one gradient, in the middle of the run, is multiplied by
 
 
 class Outcome(NamedTuple):
@@ -55,6 +56,23 @@ class Outcome(NamedTuple):
     seconds: float
     cpu_seconds: float  # what it takes on a core of its own
     params: Params
+
+
+def clipped(recipe: Recipe) -> optax.GradientTransformation:
+    """What happens to a gradient before an optimizer sees it.
+
+    A spike comes after the clipping, which would take it back.
+    """
+    clip = optax.clip_by_global_norm(1.0)
+    if recipe.spike == 1.0:
+        return clip
+
+    def spike(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = jnp.where(state == recipe.steps // 2, recipe.spike, 1.0)
+        return optax.tree.scale(factor, updates), state + 1
+
+    count = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), spike)
+    return optax.chain(clip, count)
 
 
 class PeakSchedule:
@@ -113,7 +131,7 @@ class Trainer:
             params=self._params,
             grads=self._cast(first),
         )
-        self._tx = optax.chain(optax.clip_by_global_norm(1.0), variant)
+        self._tx = optax.chain(clipped(recipe), variant)
         self._step = jax.jit(self._one_step, donate_argnums=(0, 1))
 
     def _begin(self, peak: float) -> tuple[Params, Any]:

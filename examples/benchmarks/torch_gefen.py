@@ -99,6 +99,8 @@ class TorchTrainer(Trainer):
     def _prepare(self) -> None:
         if self._recipe.grad_dtype != "float32":
             raise SystemExit("--grad-dtype: torch wants gradients in the parameters' dtype")
+        if self._recipe.spike != 1.0:
+            raise SystemExit("--task: none with a spike, which is not written for torch")
         self._torch = require("torch")
         self.versions = {"torch": self._torch.__version__}
         self._variant = variants()[self._recipe.variant]

@@ -192,8 +192,10 @@ def test_the_number_of_kernels_does_not_grow_with_that_of_layers(make, turns):
         text = compiled.as_text()
         assert text.count(" while(") == 1
         copied = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", _KERNEL.sub("", text))
-        # Scalars, and numbers of a turn's rows: of fewer than its elements / 16.
-        assert all(np.prod([int(n) for n in x.split(",") if n]) <= (1 << 12) // 16 for x in copied)
+        # At most what a turn takes (jax 0.12 copies the gradients it put together); one array of
+        # every leaf would be twice as much, in each layer.
+        sizes = (np.prod([int(n) for n in x.split(",") if n]) for x in copied)
+        assert sum(sizes) <= 1 << 12
         kernels[number] = len(_kernels(text))
         # A turn's pieces, of 5 bytes per element and some of 4 that XLA computes from them.
         assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2 * (1 << 12)

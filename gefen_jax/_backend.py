@@ -64,7 +64,8 @@ _MODULES = {
 def kernel_of(kind: str, g: Array, backend: str | None) -> Any:
     """The module with the kernels of a kind of leaf; None if no backend with kernels was named.
 
-    None, too, for a leaf without elements. On a CPU those of "triton" and "mosaic" are interpreted, slowly: to try them, and for tests.
+    None, too, for a leaf without elements. On a CPU those of "triton" and "mosaic" are interpreted,
+    slowly: to try them, and for tests.
 
     Raises:
       NotImplementedError: For a kind without a kernel, and for a leaf on several devices, whose

@@ -70,7 +70,7 @@ def launch(call: Call) -> Sequence[Array]:
             out_type=call.out,
             grid=config.programs(layout),
             num_warps=config.num_warps,
-            num_stages=1,  # there is no loop to pipeline
+            num_stages=1,  # nothing is read ahead
             backend_options=_OPTIONS | {"maxnreg": _REGISTERS if config.num_warps > 8 else None},
             name=call.name,
         )

@@ -36,7 +36,7 @@ def compiler_params(num_warps: int) -> Any:
             f"jax {jax.__version__} has no Triton dialect of Pallas"
             " (jax.experimental.pallas.triton): use the XLA backend, or an older jax"
         )
-    # One stage: there is no loop to pipeline.
+    # One stage: the loops that there are, of long blocks, read nothing ahead.
     return triton.CompilerParams(num_warps=num_warps, num_stages=1)
 
 

@@ -733,7 +733,7 @@ def test_configs_cover_their_blocks(blocks, stretches, half, inner):
     """Whole blocks per program; 4 pairs per thread, or fewer in one warp."""
     layout = DualLayout(blocks, stretches, half, inner)
     config = dual_step_config(layout)
-    pairs = 1 << (layout.pairs - 1).bit_length()
+    pairs = 1 << (layout.items - 1).bit_length()
     per_thread = config.rows * config.columns * pairs / (32 * config.num_warps)
     assert per_thread == 4 or (config.num_warps == 1 and per_thread < 4)
     assert config.rows < 2 * layout.blocks and config.columns < 2 * layout.inner

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array, UInt32
 
 from gefen_jax._blocks import Shape
@@ -132,12 +134,12 @@ def in_best_form(
     return by_equal_runs(one_size, g, state, block)
 
 
-def joined_run(kind: Kind, g: Array, moments: Moments, backend: str | None) -> int | None:
+def joined_run(kind: Kind, g: ArrayLike, moments: Moments, backend: str | None) -> int | None:
     """The run of a leaf's blocks, if leaves of equal runs can be stepped together, else None."""
     if backend in _KERNELS or not isinstance(kind, JoinedKind):
         return None
     placed = any(map(is_placed, jax.tree.leaves((g, moments))))
-    return None if placed else kind.run(g.shape)
+    return None if placed else kind.run(jnp.shape(g))
 
 
 class Leaf(NamedTuple):
@@ -287,7 +289,7 @@ def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
     return moments, step._replace(**dict(zip(_TABLES, tables, strict=True)))
 
 
-def is_placed(x: Array) -> bool:
+def is_placed(x: ArrayLike) -> bool:
     """Whether an array lies on a mesh, if only one of one device: its axes may not be reshaped."""
     return bool(free_axes(jax.typeof(x).sharding.mesh))
 

@@ -1,15 +1,18 @@
 """How a step's time grows with a leaf, and its compile time with their number, beside AdamW's.
 
-python examples/benchmarks/cpu_growth.py
+    python examples/benchmarks/cpu_growth.py
+    python examples/benchmarks/cpu_growth.py --leaf 16M  # some rows anew, in the file that there is
 """
 
+import argparse
 import itertools
+import json
 import statistics
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _common import write
+from _common import RESULTS, write
 from cpu_step import ALL, BASELINE, compile_seconds, spread, step_seconds, weights
 from rich.console import Console
 from rich.table import Table
@@ -36,17 +39,23 @@ def _row(seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 def main() -> None:
     """Runs everything, writes `cpu_growth.json` after every row, prints a table."""
-    results = {}
+    parser = argparse.ArgumentParser(description="Growth of a step's time, and of its compile time.")
+    parser.add_argument("--leaf", nargs="+", choices=SIDES, help="only these rows; others are kept")
+    only = parser.parse_args().leaf
+    results: dict[str, Any] = {}
+    if only is not None:
+        results = json.loads((RESULTS / "cpu_growth.json").read_text(encoding="utf-8"))["results"]
 
     def add(name: str, seconds: dict[str, list[float]]) -> None:
         results[name] = _row(seconds)
         write("cpu_growth.json", "python examples/benchmarks/cpu_growth.py", results)
 
-    for name, side in SIDES.items():
+    for name in only or SIDES:
+        side = SIDES[name]
         tree = {"w": jax.ShapeDtypeStruct((side, side), jnp.float32)}
         wall = {n: times[0] for n, times in step_seconds(tree).items()}
         add(f"one {name} leaf: step wall s", wall)
-    for number, times in LEAVES.items():
+    for number, times in () if only else LEAVES.items():
         tree = _leaves(number)
         wall = {
             name: compile_seconds(make(tree), weights(name, tree), times)[0]

@@ -98,8 +98,8 @@ class _Turn(NamedTuple):
         for x, start, part, offset in where:
             piece = jax.lax.dynamic_slice_in_dim(x, start, part)
             together = jax.lax.dynamic_update_slice_in_dim(together, piece, offset, 0)
-        # XLA's simplifier would move the new axis in front of all of these, one in each of its runs,
-        # and log after 50 that it seems to be stuck.
+        # XLA's simplifier would move the new axis in front of all of these, one in each of its
+        # runs, and log after 50 that it seems to be stuck.
         return jax.lax.optimization_barrier(together).reshape(self.rows.number, -1)
 
     def write(self, leaves: Sequence[Array], value: Array) -> list[Array]:

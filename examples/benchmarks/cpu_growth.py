@@ -1,7 +1,7 @@
 """How a step's time grows with a leaf, and its compile time with their number, beside AdamW's.
 
-    python examples/benchmarks/cpu_growth.py
-    python examples/benchmarks/cpu_growth.py --leaf 16M  # some rows anew, in the file that there is
+python examples/benchmarks/cpu_growth.py
+python examples/benchmarks/cpu_growth.py --leaf 16M  # some rows anew, in the file that there is
 """
 
 import argparse
@@ -39,7 +39,7 @@ def _row(seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 def main() -> None:
     """Runs everything, writes `cpu_growth.json` after every row, prints a table."""
-    parser = argparse.ArgumentParser(description="Growth of a step's time, and of its compile time.")
+    parser = argparse.ArgumentParser(description="How step and compile times grow.")
     parser.add_argument("--leaf", nargs="+", choices=SIDES, help="only these rows; others are kept")
     only = parser.parse_args().leaf
     results: dict[str, Any] = {}

@@ -225,3 +225,12 @@ def test_every_row_is_taken_and_few_are_twice():
         assert {start + i for start in starts for i in range(part)} == set(range(size))
     # Sizes with a common divisor: none.
     assert _Rows.of((12, 36, 48), 24).are_new
+
+
+def test_xla_has_no_complaint_of_many_leaves(capfd, turns):
+    """Its simplifier logs an error if it has to run more than 50 times."""
+    turns(60 * 16)
+    plan = gx.plan_by_shape(params := {str(i): jnp.zeros((4, 16)) for i in range(60)})
+    optimizer = gx.scale_by_gefen(plan=plan.with_kind("*", gx.DualCode((1, 16))))
+    jax.jit(optimizer.update).lower(params, optimizer.init(params)).compile()
+    assert "simplif" not in capfd.readouterr().err

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, UInt32
 
 from gefen_jax._blocks import Shape
+from gefen_jax._by_platform import by_platform
 from gefen_jax._chunks import Chunk
 from gefen_jax._dither import Place
 from gefen_jax._joined import advance_joined
@@ -20,7 +21,6 @@ from gefen_jax._shards import free_axes, is_spread, shards_of
 from gefen_jax._specs import Partition, fitting_spec
 from gefen_jax._step import by_equal_runs
 from gefen_jax._types import JoinedKind, Kind, Moments, Step
-from gefen_jax._varying import varying_alike
 
 _KERNELS = ("triton", "mosaic", "jax_triton")
 BACKENDS = ("xla", *_KERNELS)
@@ -102,6 +102,7 @@ def in_best_form(
     step: Step,
     *,
     on_gpu: Advance | None = None,
+    results: Callable[[Array, Any], Any] = lambda g, state: state,
 ) -> Any:
     """``advance(g, state, block, step)`` in the form that is best on the device at hand.
 
@@ -109,7 +110,8 @@ def in_best_form(
     large ones, so that temporaries are those of a piece, and by ``on_gpu`` if that is given. So is
     what a device of a mesh has of it, in `Shards.map` or in anybody's `shard_map`. Outside of these
     a mesh gets the whole-leaf form, as a loop over slices of a sharded axis would gather the leaf;
-    so do TPUs, where neither was measured.
+    so do TPUs, where neither was measured. Of ``g`` and ``state``, ``results`` makes a tree of
+    arrays with the shapes and dtypes of what comes out.
     """
 
     def one_size(g: Array, state: Any, block: Shape) -> Any:
@@ -127,8 +129,8 @@ def in_best_form(
         # temporaries of all of them; loops run one after the other.
         large = form(on_gpu or advance, Chunk(min(GPU_CHUNK, g.size // 2)))
         small = form(advance, Chunk(CHUNK, narrow_in_place=False))
-        forms = dict.fromkeys(_GPUS, large) | ({} if step.elsewhere else {"cpu": small})
-        return jax.lax.platform_dependent(*varying_alike(args), **forms, default=whole)
+        forms = dict.fromkeys(_GPUS, large) | {"cpu": small}
+        return by_platform(results(g, state), *args, **forms, default=whole)
 
     g, state = not_differentiable((g, state), NO_DERIVATIVE)
     return by_equal_runs(one_size, g, state, block)
@@ -164,13 +166,15 @@ def in_joined_form(
     static: dict[str, Any],
     alone: OfLeaf,
     after: OfLeaf,
+    results: list[Any],
 ) -> list[Any]:
     """The steps of leaves that have a `joined_run`, and the same one.
 
     On a CPU ``after(number, leaf, arrays)`` of leaves with the moments that ``advance`` makes of
     all in one loop, about ``size`` elements a turn. Elsewhere it is ``alone(number, leaf, arrays)``
     as they are: what loops cost there was not measured, and more leaves at a time are more
-    temporaries. ``arrays``, to which phases are added, and ``static`` are the fields of a `Step`.
+    temporaries. ``arrays``, to which phases are added, and ``static`` are the fields of a `Step`;
+    what comes out has the shapes and dtypes of ``results``.
     """
 
     def each(function: OfLeaf, leaves: Sequence[Leaf], arrays: Any, phases: Any) -> list[Any]:
@@ -184,15 +188,12 @@ def in_joined_form(
         return each(after, stepped, arrays, phases)
 
     leaves = not_differentiable(leaves, NO_DERIVATIVE)
-    return jax.lax.platform_dependent(
-        *varying_alike((leaves, arrays, phases)),
-        cpu=together,
-        default=functools.partial(each, alone),
-    )
+    args = leaves, arrays, phases
+    return by_platform(results, *args, cpu=together, default=functools.partial(each, alone))
 
 
 # The fields of a Step that hold arrays.
-_TRACED = ("decay", "encoder", "levels", "phase", "rates", "place")
+_TRACED = ("decay", "encoder", "levels", "phase", "rates", "place", "weight_phase")
 _TABLES = ("encoder", "levels")  # of them, those that are arrays of all leaves' kernels
 
 

@@ -50,12 +50,14 @@ def _lookup_bin(x: Float[Array, "..."]) -> Array:
 
 def take(table: Float[Array, "n"] | UInt8[Array, "n"], index: Array) -> Array:
     """Entries of a small table; every index must be in range."""
-    # That is so by construction; this spares the negative-index arithmetic.
     # On a mesh with Explicit axes a gather does not guess that its result lies like its indices.
     sharding = jax.typeof(index).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types
+    # Indices are in range by construction, which spares what would make them so.
     return table.at[index].get(
-        mode="promise_in_bounds", out_sharding=sharding if explicit else None
+        mode="promise_in_bounds",
+        wrap_negative_indices=False,
+        out_sharding=sharding if explicit else None,
     )
 
 

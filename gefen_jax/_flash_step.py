@@ -230,7 +230,8 @@ def _update(
     # An update in float32 is fused with what follows; gradients may be the caller's, to keep, and
     # in their place it would cost a copy. A narrow one is rounded first, and XLA stores it.
     on_gpu = in_place if g.dtype.itemsize < 4 else advance
-    update, new = in_best_form(advance, g.reshape(shape), state, block, step, on_gpu=on_gpu)
+    how = {"on_gpu": on_gpu, "results": lambda g, state: (g, state[0])}
+    update, new = in_best_form(advance, g.reshape(shape), state, block, step, **how)
     stored = tuple(Coded(x.code.reshape(g.shape), x.scale) for x in new)
     return update.reshape(g.shape), stored
 

@@ -35,24 +35,23 @@ from gefen_jax._transform import (
 from gefen_jax._types import FusedKind, Moments, Rates, Rounding, Step, Weight
 from gefen_jax._update_then_move import update_then_move
 
-_STATIC = ("nesterov", "exact_lookup", "backend", "elsewhere")  # fields of a `Step`
+_STATIC = ("nesterov", "exact_lookup", "backend")  # fields of a `Step`
 
 
 @functools.partial(
     jax.jit,
     static_argnames=("kind", "partition", "rounding", *_STATIC),
 )
-def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, rounding, **static):
+def _step_jitted(weight, g, moments, arrays, place, *, kind, partition, rounding, **static):
     """The new weight and moments; jitted so that leaves of equal shape are traced once.
 
-    ``arrays`` and ``static`` are the fields of a `Step`; ``phase``, of the weight's dither, and
-    ``rounding`` are None for a parameter that is not split; ``place`` is that of a layer.
+    ``arrays`` and ``static`` are the fields of a `Step`; ``rounding`` is None for a parameter that
+    is not split; ``place`` is that of a layer.
     """
 
     def step_here(leaf: Any, shared: Any, place: Place | None) -> tuple[Weight, Moments]:
-        (weight, g, moments), (arrays, phase) = leaf, shared
-
-        move, step = _Move(rounding, phase), Step(**arrays, **static, place=place)
+        weight, g, moments = leaf
+        move, step = _Move(rounding), Step(**shared, **static, place=place)
         if isinstance(kind, FusedKind):
             return kind.fused(weight, g, moments, step, move)
         return update_then_move(kind, weight, g, moments, step, move)
@@ -62,7 +61,7 @@ def _step_jitted(weight, g, moments, arrays, phase, place, *, kind, partition, r
         return by_the_compiler(step_here, weight.high, (weight, moments), leaf, shared, place)
 
     shards = shards_of(kind, partition, weight.high, moments)
-    args = (weight, g, moments), (arrays, phase), place
+    args = (weight, g, moments), arrays, place
     if shards is None:
         return whole(*args)
     weight, moments = shards.map(step_here, *args, whole=whole)
@@ -77,16 +76,15 @@ def _step_joined(leaves, arrays, phases, *, kinds, run, size, **static):
     """What `_step_jitted` gives of each; whole leaves that can be stepped together, not split."""
 
     def alone(i, leaf, arrays):
-        about = {"kind": kinds[i], "partition": None, "rounding": None, "elsewhere": True}
-        return _step_jitted(
-            Weight(leaf.weight, None), *leaf[1:], arrays, None, None, **about, **static
-        )
+        about = {"kind": kinds[i], "partition": None, "rounding": None}
+        return _step_jitted(Weight(leaf.weight, None), *leaf[1:], arrays, None, **about, **static)
 
     def after(i, leaf, arrays):
         return _moved(*leaf, arrays, kind=kinds[i], **static), leaf.moments
 
     how = {"run": run, "size": size, "static": static, "alone": alone, "after": after}
-    return in_joined_form(kinds[0].advance, leaves, arrays, phases, **how)
+    results = [(Weight(leaf.weight, None), leaf.moments) for leaf in leaves]
+    return in_joined_form(kinds[0].advance, leaves, arrays, phases, results=results, **how)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", *_STATIC))
@@ -100,7 +98,6 @@ class _Move(NamedTuple):
     """The weight after its update: as `Step.moved`, or as `with_split_weights` has it."""
 
     rounding: Rounding | None
-    phase: UInt32[Array, "two"] | None
 
     def __call__(
         self,
@@ -112,13 +109,16 @@ class _Move(NamedTuple):
     ) -> Weight:
         if self.rounding is None:
             return weight._replace(high=step.moved(weight.high, direction))
-        assert step.rates is not None and self.phase is not None
+        assert step.rates is not None
         update = direction.astype(jnp.float32)
         if step.rates.weight_decay is not None:
             decay = step.rates.weight_decay.astype(jnp.float32)
             update = update + decay * merge(weight.high, weight.low)
         update = step.rates.scale.astype(jnp.float32) * update
-        words = dither(self.phase, position)[0] if self.rounding.stochastic else None
+        words = None
+        if self.rounding.stochastic:
+            assert step.weight_phase is not None
+            words = dither(step.weight_phase, position)[0]
         delta, low = advance(weight.high, weight.low, update, self.rounding.bits, words)
         # As `optax.apply_updates` adds: so corrections are those of the unfused form, bit for bit.
         high = (merge(weight.high, None) + delta).astype(weight.high.dtype)
@@ -141,12 +141,14 @@ def step_part(
         path, p = leaf.spec.path, leaves[leaf.number]
         check_parameter(leaf.spec, p)
         low = part.lows.get(path)
+        own = {"phase": leaf.phase, "rates": rates[leaf.number]}
+        if low is not None:
+            own["weight_phase"] = low.phase
         weight, new = _step_jitted(
             Weight(p, None if low is None else low.correction),
             leaf.g,
             leaf.moments,
-            leaf.arrays | {"phase": leaf.phase, "rates": rates[leaf.number]},
-            None if low is None else low.phase,
+            leaf.arrays | own,
             part.place(leaf.spec.shape),
             kind=leaf.kind,
             partition=leaf.partition,

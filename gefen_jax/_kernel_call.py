@@ -19,7 +19,7 @@ def fused_arguments(weight: Weight, step: Step, move: Move) -> dict[str, Any]:
     if rates.clip is not None:
         factor = jnp.where(rates.clip.idle, 1.0, rates.clip.max_norm / rates.clip.norm)
     if move.rounding is not None:
-        split = SplitWeight(weight.low, move.phase if move.rounding.stochastic else None)
+        split = SplitWeight(weight.low, step.weight_phase if move.rounding.stochastic else None)
     return {
         "gradient_factor": factor,
         "param": weight.high,

@@ -14,6 +14,7 @@ import jax
 import optax
 from jax.extend.core import Jaxpr, Literal
 
+from gefen_jax._by_platform import of_default
 from gefen_jax._paths import path_name
 from gefen_jax._release_part import flatten
 
@@ -32,7 +33,10 @@ def _follow(jaxpr: Jaxpr, sources: Iterable[_Sources]) -> list[_Sources]:
     for equation in jaxpr.eqns:
         inputs = [of(x) for x in equation.invars]
         inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-        if equation.primitive.name in _INSIDE and inner is not None:
+        if (stepped := of_default(equation)) is not None:
+            # As for the forms below.
+            outputs = _follow(stepped, inputs)
+        elif equation.primitive.name in _INSIDE and inner is not None:
             outputs = _follow(getattr(inner, "jaxpr", inner), inputs)
         elif equation.primitive.name == "cond" and id(equation.invars[0]) in by_platform:
             # Forms for platforms (`jax.lax.platform_dependent`) do the same: the last is that of

@@ -75,7 +75,7 @@ def decay_at(b1: Any, b2: Any, eps: Any, eps_root: Any, count: Any) -> Decay:
     return Decay(b1, b2, one_minus_b1, one_minus_b2, eps, eps_root, *corrections)
 
 
-_STATIC = ("kind", "partition", "nesterov", "exact_lookup", "backend", "elsewhere")
+_STATIC = ("kind", "partition", "nesterov", "exact_lookup", "backend")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -89,14 +89,15 @@ def _update_joined(leaves, arrays, phases, *, kinds, run, size, **static):
     """What `_update_leaf` gives of each; leaves that can be stepped together."""
 
     def alone(i, leaf, arrays):
-        about = {"kind": kinds[i], "partition": None, "elsewhere": True, **static}
+        about = {"kind": kinds[i], "partition": None, **static}
         return _update_leaf(*leaf[1:], arrays, **about)
 
     def after(i, leaf, arrays):
         return _direction(*leaf[1:], arrays, kind=kinds[i], **static), leaf.moments
 
     how = {"run": run, "size": size, "static": static, "alone": alone, "after": after}
-    return in_joined_form(kinds[0].advance, leaves, arrays, phases, **how)
+    results = [(leaf.g, leaf.moments) for leaf in leaves]
+    return in_joined_form(kinds[0].advance, leaves, arrays, phases, results=results, **how)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", *_STATIC[2:]))

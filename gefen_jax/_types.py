@@ -67,7 +67,7 @@ class Step(NamedTuple):
     backend: str | None
     rates: Rates | None = None  # of a fused step
     place: Place | None = None  # where the arrays at hand are a part of a leaf
-    elsewhere: bool = False  # it is known that no CPU runs this: its form need not be traced
+    weight_phase: UInt32[Array, "two"] | None = None  # for the dither of a split weight
 
     # Where a fused step does what Optax does, it is with its operations in its order
     # (`clip_by_global_norm`, `add_decayed_weights`, `scale_by_learning_rate`, `apply_updates`).
@@ -165,11 +165,6 @@ class Move(Protocol):
     @property
     def rounding(self) -> Rounding | None:
         """None for a parameter that is not split."""
-        ...
-
-    @property
-    def phase(self) -> UInt32[Array, "two"] | None:
-        """Of the weight's dither; None where it is not split."""
         ...
 
     def __call__(self, weight: Any, direction: Array, position: Array, step: Step, /) -> Any:

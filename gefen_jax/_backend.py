@@ -286,6 +286,8 @@ def apart(tree: Any) -> Any:
 
 
 def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
+    if step.backend in _KERNELS:  # which read them alone; what is made of them is made once
+        return moments, step
     moments, tables = apart((moments, tuple(getattr(step, name) for name in _TABLES)))
     return moments, step._replace(**dict(zip(_TABLES, tables, strict=True)))
 

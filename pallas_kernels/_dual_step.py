@@ -162,10 +162,11 @@ def dual_step_body(
 ) -> None:
     """What a program does: see `pallas_kernels._step.Call`. Leaves are [blocks * period * inner].
 
-    Inputs: scalars, phase, tables, g. The words of the phase are two for the moments, the leaf's
-    position, and two for the weight if a fraction rounds it.
+    Inputs: scalars, the words of the leaf and of the step, tables, g. Of either words the first is
+    for the moments, the next for the weight if a fraction rounds it; the leaf's last is its
+    position.
     """
-    scalars_ref, phase_ref, tables_ref, g_ref = inputs
+    scalars_ref, leaf_ref, step_ref, tables_ref, g_ref = inputs
     old_refs, new_refs = leaves(old, new, form)
     places = _places(program, layout)
     at, mask = (places.first, places.second), places.mask
@@ -191,7 +192,8 @@ def dual_step_body(
     square = 0.5 * (g[0] * g[0] + g[1] * g[1])
     nu = scalars["b2"] * nu + scalars["one_minus_b2"] * square
 
-    words, start = (phase_ref[0], phase_ref[1], phase_ref[2]), phase_ref[2]
+    start = leaf_ref[2 if form.stochastic else 1]
+    words = leaf_ref[0], step_ref[0], start
     (nu_fraction, fraction1), (_, fraction2) = (dither(words, x, layout) for x in at)
     fractions = nu_fraction, fraction1, fraction2
     coded = _code(_Pairs(m1, m2, nu), fractions, tables, program)
@@ -205,7 +207,7 @@ def dual_step_body(
     inverse = inverse_of(root_of(nu, scalars))
     # Before the product with a codebook's entry: of a nu that overflowed, inf * 0 is NaN.
     rate = unit * inverse
-    words = (phase_ref[3], phase_ref[4], start) if form.stochastic else None
+    words = (leaf_ref[1], step_ref[1], start) if form.stochastic else None
     move = Move(old_refs, new_refs, scalars, words, program, layout, form)
     for x, k, gradient in zip(at, (coded.k1, coded.k2), g, strict=True):
         out = lookup(tables.codebook, k) * rate

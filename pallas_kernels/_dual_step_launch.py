@@ -12,7 +12,15 @@ from pallas_kernels._dual_step_config import (
     DualStepConfig,
     dual_step_config,
 )
-from pallas_kernels._launch import SplitWeight, StepScalars, Weights, check, launched, scalars_of
+from pallas_kernels._launch import (
+    SplitWeight,
+    StepScalars,
+    Weights,
+    check,
+    launched,
+    scalars_of,
+    words_of,
+)
 
 _DTYPES = {"codes": (jnp.uint8,), "scale": (jnp.float32,), "exponent": (jnp.uint8,)}
 
@@ -119,7 +127,6 @@ def dual_step(
             f"this kernel takes blocks of at most {MAX_PERIOD} elements, got {layout}: use the XLA"
             " backend for this leaf"
         )
-    words = [phase, jnp.asarray(offset, jnp.uint32)[None], *weights.phase]
     new = launched(
         backend,
         g,
@@ -131,7 +138,7 @@ def dual_step(
         form=weights.form(nesterov),
         inputs=[
             scalars_of(scalars, nesterov, factors),
-            jnp.concatenate(words),
+            *words_of(offset, [phase, *weights.phase]),
             _tables(codebook),
             g.reshape(-1),
         ],

@@ -101,7 +101,8 @@ def _code(codebook, offset, slope, m1, m2, nu, nu_fraction, fraction1, fraction2
 @jit
 def dual_step_kernel(
     scalars_ptr,
-    phase_ptr,
+    leaf_ptr,
+    step_ptr,
     tables_ptr,
     g_ptr,
     param_ptr,  # what the update is written to, where there is no parameter
@@ -167,8 +168,8 @@ def dual_step_kernel(
     m2 = m2 + one_minus_b1 * (g2 - m2)
     nu = b2 * nu + one_minus_b2 * (0.5 * (g1 * g1 + g2 * g2))
 
-    start = tl.load(phase_ptr + 2)
-    word0, word1 = tl.load(phase_ptr), tl.load(phase_ptr + 1)
+    start = tl.load(leaf_ptr + (2 if stochastic else 1))
+    word0, word1 = tl.load(leaf_ptr), tl.load(step_ptr)
     position1 = position_of(start, at1, faster, strides)
     position2 = position_of(start, at2, faster, strides)
     nu_fraction, fraction1 = dither(word0, word1, position1)
@@ -185,11 +186,10 @@ def dual_step_kernel(
     inverse = inverse_of(root_of(nu, inverse_correction2, eps_root, eps))
     # Before the product with a codebook's entry: of a nu that overflowed, inf * 0 is NaN.
     rate = scale * tl.sqrt(nu) * m_factor * inverse
-    words_ptr = phase_ptr + 3
     for i in tl.static_range(2):
         at, position, k, g = (at1, position1, k1, g1) if i == 0 else (at2, position2, k2, g2)
         out = _lookup(codebook, k) * rate
         if nesterov:
             out = out + g * g_factor * inverse
         args = (at, position, mask, out, learning_rate, weight_decay)
-        move(param_ptr, correction_ptr, words_ptr, *args, fused, bits, stochastic)
+        move(param_ptr, correction_ptr, leaf_ptr + 1, step_ptr + 1, *args, fused, bits, stochastic)

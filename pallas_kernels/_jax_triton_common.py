@@ -146,7 +146,8 @@ def inverse_of(root):
 def move(
     param_ptr,
     correction_ptr,
-    words_ptr,  # of the weight's dither, if a fraction rounds it
+    leaf_ptr,  # this and the next: the words of the weight's dither, if a fraction rounds it
+    step_ptr,
     at,
     position,
     mask,
@@ -165,5 +166,5 @@ def move(
         out = tl.where(change == 0, theta, theta - change)
     fraction = None
     if stochastic:
-        fraction, _ = dither(tl.load(words_ptr), tl.load(words_ptr + 1), position)
+        fraction, _ = dither(tl.load(leaf_ptr), tl.load(step_ptr), position)
     store_param(param_ptr, correction_ptr, at, mask, out, fraction, bits)

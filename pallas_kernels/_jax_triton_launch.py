@@ -12,7 +12,7 @@ from pallas_kernels._step import Call
 
 _OLDEST = (0, 4, 1)  # whose references are written in place
 _WRITTEN = ("param_ptr", "codes_ptr", "scale_ptr", "nu_ptr", "correction_ptr")
-_SHARED_INPUTS = 6  # of shared blocks, with the tables of a lookup
+_SHARED_INPUTS = 7  # of shared blocks, with the tables of a lookup
 _OPTIONS = {
     # Of CUDA 12.8, the first for every Blackwell. Left alone, Triton 3.9 names that of its own
     # assembler, 9.4; what jax takes instead, of CUDA 13.0 say, refuses it.

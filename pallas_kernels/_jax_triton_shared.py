@@ -81,7 +81,8 @@ def _inverse_root(nu, inverse_correction2, eps_root, eps):
 @jit
 def shared_step_kernel(
     scalars_ptr,
-    words_ptr,
+    leaf_ptr,
+    step_ptr,
     g_ptr,
     codebook_ptr,
     count_below_ptr,  # this and the next None where there is no lookup
@@ -156,7 +157,7 @@ def shared_step_kernel(
         tl.store(nu_ptr + stats, nu, mask=stats_mask)
     tl.store(scale_ptr + stats, scale, mask=stats_mask)
 
-    start = tl.load(words_ptr)
+    start = tl.load(leaf_ptr + (1 if stochastic else 0))
     for turn in range(turns):
         if turns > 1:
             here = item + turn * tile[1]
@@ -176,4 +177,4 @@ def shared_step_kernel(
         if stochastic:
             position = position_of(start, at, faster, strides)
         args = (at, position, mask, out, learning_rate, weight_decay)
-        move(param_ptr, correction_ptr, words_ptr + 1, *args, fused, bits, stochastic)
+        move(param_ptr, correction_ptr, leaf_ptr, step_ptr, *args, fused, bits, stochastic)

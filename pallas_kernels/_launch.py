@@ -91,6 +91,19 @@ def scalars_of(
     return jnp.stack([jnp.asarray(values[name], jnp.float32) for name in SCALARS])
 
 
+def words_of(offset: Any, phases: Sequence[UInt32[Array, "two"]]) -> list[Array]:
+    """Of the words of dithers what belongs to the leaf, and what to the step: two inputs.
+
+    A word of every phase, and where the leaf begins in another one; the other words of the phases.
+    """
+    # Apart, the first are constants and the second the same for all leaves: together they would be
+    # an array of every leaf's, and take a kernel each to be written. The position is the last, as
+    # XLA has a kernel for (0, x), too: a multiple of (0, 1).
+    leaf = [*(phase[:1] for phase in phases), jnp.asarray(offset, jnp.uint32)[None]]
+    step = [phase[1:] for phase in phases] or [jnp.zeros(1, jnp.uint32)]
+    return [jnp.concatenate(leaf), jnp.concatenate(step)]
+
+
 def check(
     groups: Sequence[tuple[dict[str, Any], int]],
     dtypes: dict[str, tuple[Any, ...]],

@@ -150,10 +150,10 @@ def shared_step_body(
 ) -> None:
     """What a program does: see `pallas_kernels._step.Call`. Leaves are [blocks * period * inner].
 
-    Inputs: scalars, words, g, and the fields of an `Encoder`. The words are the leaf's position,
-    and two for the weight if a fraction rounds it.
+    Inputs: scalars, the words of the leaf and of the step, g, and the fields of an `Encoder`. The
+    words are for the weight, if a fraction rounds it; the leaf's last is its position.
     """
-    scalars_ref, words_ref, g_ref, *tables = inputs
+    scalars_ref, leaf_ref, step_ref, g_ref, *tables = inputs
     (old_refs, new_refs), encoder = leaves(old, new, form), Encoder(*tables)
     scalars = read_scalars(scalars_ref)
     block = program.block_row * layout.inner + program.block_column
@@ -178,7 +178,7 @@ def shared_step_body(
     program.store_of_blocks(new_refs.scale, block, scale, block_mask)
     stats = _Stats(scale, 1 / jnp.maximum(scale, TINY), inverse)
 
-    words = (words_ref[1], words_ref[2], words_ref[0]) if form.stochastic else None
+    words = (leaf_ref[0], step_ref[0], leaf_ref[1]) if form.stochastic else None
     move = Move(old_refs, new_refs, scalars, words, program, layout, form)
     if first is not None:
         _write(first, stats, encoder, move)

@@ -5,7 +5,15 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Num
 
-from pallas_kernels._launch import SplitWeight, StepScalars, Weights, check, launched, scalars_of
+from pallas_kernels._launch import (
+    SplitWeight,
+    StepScalars,
+    Weights,
+    check,
+    launched,
+    scalars_of,
+    words_of,
+)
 from pallas_kernels._shared_step import CODES, shared_step_body
 from pallas_kernels._shared_step_config import (
     SharedLayout,
@@ -133,7 +141,7 @@ def shared_step(
         form=weights.form(nesterov),
         inputs=[
             scalars_of(scalars, nesterov, factors),
-            jnp.concatenate([jnp.asarray(offset, jnp.uint32)[None], *weights.phase]),
+            *words_of(offset, weights.phase),
             g.reshape(-1),
             tables.codebook,
             *lookup.values(),

@@ -47,15 +47,26 @@ BUILDS = [
 # A kernel's parameters are what it reads or writes, in the order in which it first does.
 _TABLES = ("count_below", "next_threshold")
 ORDER = {
-    "dual": ("scalars", "tables", "g", "codes", "scale", "nu", "words", "param", "correction"),
+    "dual": (
+        "scalars",
+        "tables",
+        "g",
+        "codes",
+        "scale",
+        "nu",
+        "leaf",
+        "step",
+        "param",
+        "correction",
+    ),
     "shared": (
-        *("scalars", "scale", "nu", "g", "codes", "codebook", "words"),
+        *("scalars", "scale", "nu", "g", "codes", "codebook", "leaf", "step"),
         *(*_TABLES, "param", "correction"),
     ),
 }
 INPUTS = {
-    "dual": ("scalars", "words", "tables", "g"),
-    "shared": ("scalars", "words", "g", "codebook", *_TABLES),
+    "dual": ("scalars", "leaf", "step", "tables", "g"),
+    "shared": ("scalars", "leaf", "step", "g", "codebook", *_TABLES),
 }
 WRITTEN = ("param", "codes", "scale", "nu", "correction")
 
@@ -106,7 +117,7 @@ def run_ptx(build: Build, text: str, args: Any, seed: int) -> list[np.ndarray]:
     written = list(zip(WRITTEN, [*out, *call.written], strict=False))
     arrays = {name: np.array(x) for name, x in (*given, *written)}
     if build.step == "shared" and not call.form.stochastic:
-        del arrays["words"]
+        del arrays["leaf"], arrays["step"]
     config = _mosaic.of_warpgroups(call.config, call.layout)
     threads = 128 * _mosaic.warpgroups_of(math.prod(config.tile(call.layout)))
     order = [arrays[name] for name in ORDER[build.step] if name in arrays]

@@ -7,22 +7,30 @@ given), a box explains the share
 
 of the variance of y. That is what sharing nu inside the box keeps; the rest is lost. Among the
 boxes that come within a tenth of the best one, the one nearest to the target size is taken: larger
-boxes save bytes, smaller ones give the momentum shorter scale groups. The reference looks at the
-logarithm of y^2 (`gefen_jax._period`), along flat runs, and by its local peaks. Here it misled:
-the tokens that a batch does not hold make up most of its variance, so that two tokens may share,
-and nearly as much is explained in an output layer by what all tokens have in common.
+boxes save bytes, smaller ones give the momentum shorter scale groups.
+
+Not all boxes compete. First come runs of the last axis, the features of one input, or, in an output
+layer, of the first axis, one token's inputs; only if the best of these explains nothing, or none
+divides the leaf, all others. What explains most of one gradient is often an output's column, but
+networks trained better with rows or parts of rows (`docs/quality.md`).
+
+The reference looks at the logarithm of y^2 (`gefen_jax._period`), along flat runs, and by its local
+peaks. Here it misled: the tokens that a batch does not hold make up most of its variance, so that
+two tokens may share, and nearly as much is explained in an output layer by what all tokens have in
+common.
 
 Everything is float32 and jitted, and works on sharded gradients: only one number per candidate
 reaches the host.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gefen_jax._blocks import Shape, block_size, runs_divide, split
+from gefen_jax._blocks import Shape, block_size, read_cut, runs_divide, split
 from gefen_jax._candidates import (
     block_by_shape,
     candidate_blocks,
@@ -102,11 +110,24 @@ def choose_block(
         return by_shape, f"zero gradient: by shape, {describe_block(shape, by_shape, local)}"
     if not blocks:
         return by_shape, f"no run divides {shape}: {describe_block(shape, by_shape, local)}"
-    best = max(evidence.explained)
-    if not best >= _NO_STRUCTURE:
+    explained = dict(zip(blocks, evidence.explained, strict=True))
+    for tried in _in_turn(spec, blocks):
+        best = max(explained[block] for block in tried)
+        if best >= _NO_STRUCTURE:
+            break
+    else:
         return by_shape, f"no structure: {describe_block(shape, by_shape, local)}"
-    near = [i for i, r in enumerate(evidence.explained) if r >= _NEAR_BEST * best]
-    chosen = min(near, key=lambda i: (distance_to_target(blocks[i]), -evidence.explained[i]))
-    share = evidence.explained[chosen]
-    words = describe_block(shape, blocks[chosen], local)
-    return blocks[chosen], f"peak at {words}: {share:.0%} of the variance of |g|"
+    near = [block for block in tried if explained[block] >= _NEAR_BEST * best]
+    chosen = min(near, key=lambda block: (distance_to_target(block), -explained[block]))
+    words = describe_block(shape, chosen, local)
+    return chosen, f"peak at {words}: {explained[chosen]:.0%} of the variance of |g|"
+
+
+def _in_turn(spec: LeafSpec, blocks: tuple[Shape, ...]) -> Iterator[tuple[Shape, ...]]:
+    """The blocks that are tried together, the best in training first."""
+    last = len(spec.shape) - 1
+    for axis in (0, last) if is_output_layer(spec) else (last,):
+        runs = tuple(b for b in blocks if read_cut(spec.shape, b)[:2] == (axis, axis))
+        if runs:
+            yield runs
+    yield blocks

@@ -9,10 +9,11 @@ of the variance of y. That is what sharing nu inside the box keeps; the rest is 
 boxes that come within a tenth of the best one, the one nearest to the target size is taken: larger
 boxes save bytes, smaller ones give the momentum shorter scale groups.
 
-Not all boxes compete. First come runs of the last axis, the features of one input, or, in an output
-layer, of the first axis, one token's inputs; only if the best of these explains nothing, or none
-divides the leaf, all others. What explains most of one gradient is often an output's column, but
-networks trained better with rows or parts of rows (`docs/quality.md`).
+Not all boxes compete. First come runs of the last axis, the features of one input; in an output
+layer before these runs of the first axis, one token's inputs. All others are looked at only where
+runs explain next to nothing beside them, or none divides the leaf. A column, the weights of one
+output, often explains more of a gradient, but networks trained better with rows, or parts of rows
+where these explain more, as of q, k and v in one kernel (`docs/quality.md`).
 
 The reference looks at the logarithm of y^2 (`gefen_jax._period`), along flat runs, and by its local
 peaks. Here it misled: the tokens that a batch does not hold make up most of its variance, so that
@@ -43,6 +44,9 @@ from gefen_jax._replicated import replicated
 
 _NO_STRUCTURE = 0.01  # explained share below which blocks are noise
 _NEAR_BEST = 0.9
+# Rows of a layer that widens explain an eighth of what columns do, and train better; those of an
+# output layer that nobody named, in which tokens would share, a thirtieth.
+_ENOUGH = 0.05
 
 
 class Evidence(NamedTuple):
@@ -111,13 +115,15 @@ def choose_block(
     if not blocks:
         return by_shape, f"no run divides {shape}: {describe_block(shape, by_shape, local)}"
     explained = dict(zip(blocks, evidence.explained, strict=True))
-    for tried in _in_turn(spec, blocks):
-        best = max(explained[block] for block in tried)
-        if best >= _NO_STRUCTURE:
-            break
-    else:
+    most = max(evidence.explained)
+    if not most >= _NO_STRUCTURE:
         return by_shape, f"no structure: {describe_block(shape, by_shape, local)}"
-    near = [block for block in tried if explained[block] >= _NEAR_BEST * best]
+
+    def best(tried: tuple[Shape, ...]) -> float:
+        return max(explained[block] for block in tried)
+
+    tried = next(t for t in _in_turn(spec, blocks) if best(t) >= _ENOUGH * most)
+    near = [block for block in tried if explained[block] >= _NEAR_BEST * best(tried)]
     chosen = min(near, key=lambda block: (distance_to_target(block), -explained[block]))
     words = describe_block(shape, chosen, local)
     return chosen, f"peak at {words}: {explained[chosen]:.0%} of the variance of |g|"

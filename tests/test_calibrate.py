@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import gefen_jax as gx
 from gefen_jax import _codebook
-from gefen_jax._axis_rule import _evidence
+from gefen_jax._axis_rule import _evidence, find_evidence
 from gefen_jax._blocks import block_size, check_block, runs_divide
 from gefen_jax._candidates import block_by_shape, candidate_blocks
 from gefen_jax._constants import MAX_BLOCK, MIN_BLOCK, NARROW_BLOCK, SMALL_LEAF
@@ -66,7 +66,7 @@ PLANTED = {
     "columns": ((512, 64), (512, 1)),
     "runs of 256 along the last axis": ((8, 2048), (1, 256)),
     "runs of 512 along the first axis": ((2048, 16), (512, 1)),
-    "two rows": ((64, 128), (2, 128)),
+    "boxes of rows that are too short": ((1024, 32), (8, 32)),
     "narrow rows": ((96, 144), (1, 144)),
     "narrow columns": ((144, 96), (144, 1)),
     "runs of a stacked leaf's middle axis": ((3, 144, 40), (1, 144, 1)),
@@ -100,7 +100,55 @@ def test_what_a_batch_does_not_hold_is_no_evidence_for_sharing():
 
 
 @blocks_only
-def test_tokens_of_an_output_layer_share_nothing():
+def test_rows_come_before_columns_that_explain_more():
+    # Inputs differ in size, and outputs more: as in a layer that widens.
+    random = np.random.default_rng(0)
+    inputs = np.exp(0.4 * random.standard_normal((144, 1)))
+    outputs = np.exp(0.8 * random.standard_normal((1, 576)))
+    g = {"w": jnp.asarray(inputs * outputs * random.standard_normal((144, 576)), jnp.float32)}
+    evidence, blocks = find_evidence((g["w"],))
+    explained = dict(zip(blocks, evidence.explained, strict=True))
+    assert explained[144, 1] > 2 * explained[1, 576] > 0.05
+    assert gx.calibrate(g, g)["w"].kind == gx.SharedBlocks((1, 576))
+
+
+@blocks_only
+def test_parts_of_rows_where_these_explain_more():
+    # q, k and v in one kernel: of an input the gradients of v are larger.
+    random = np.random.default_rng(0)
+    sizes = np.repeat(np.exp(random.standard_normal((144, 3))) * [1, 1, 4], 144, axis=1)
+    g = {"w": jnp.asarray(sizes * random.standard_normal((144, 432)), jnp.float32)}
+    assert gx.calibrate(g, g)["w"].kind == gx.SharedBlocks((1, 144))
+
+
+@blocks_only
+def test_no_box_of_rows_that_are_blocks_on_their_own():
+    # Boxes of two rows would explain as much, in half of the bytes.
+    g = {"w": _planted((64, 128), (2, 128))}
+    assert gx.calibrate(g, g)["w"].kind == gx.SharedBlocks((1, 128))
+
+
+@blocks_only
+@pytest.mark.parametrize(
+    "path, shape", [("w", (96, 1024)), ("lm_head", (144, 512)), ("head", (144, 288))]
+)
+def test_a_token_of_an_output_layer_is_a_block_whatever_explains_more(path, shape):
+    random = np.random.default_rng(0)
+    inputs = np.exp(0.8 * random.standard_normal((shape[0], 1)))
+    tokens = np.exp(0.4 * random.standard_normal((1, shape[1])))
+    g = {path: jnp.asarray(inputs * tokens * random.standard_normal(shape), jnp.float32)}
+    assert gx.calibrate(g, g)[path].kind == gx.SharedBlocks((shape[0], 1))
+
+
+@blocks_only
+def test_low_rank_kernels_are_no_output_layers():
+    # Eight rows are no block, as columns are; those of a wide output are.
+    g = {"w": _planted((8, 1024), (1, 1024))}
+    assert gx.calibrate(g, g)["w"].kind == gx.SharedBlocks((1, 1024))
+
+
+@blocks_only
+def test_tokens_of_an_output_layer_without_a_name_share_nothing():
     # A tenth of the tokens have large gradients, all others small ones, whose inputs differ: that
     # is most of the logarithm's variance, and next to nothing of what the sizes are.
     random = np.random.default_rng(0)

@@ -44,9 +44,8 @@ from gefen_jax._replicated import replicated
 
 _NO_STRUCTURE = 0.01  # explained share below which blocks are noise
 _NEAR_BEST = 0.9
-# Rows of a layer that widens explain an eighth of what columns do, and train better; those of an
-# output layer that nobody named, in which tokens would share, a thirtieth.
-_ENOUGH = 0.05
+# Rows are taken as long as they explain this much of what any box does.
+_ENOUGH = 0.5
 
 
 class Evidence(NamedTuple):

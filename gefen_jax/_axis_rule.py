@@ -39,13 +39,15 @@ from gefen_jax._candidates import (
     distance_to_target,
     is_output_layer,
 )
+from gefen_jax._constants import MIN_BLOCK
 from gefen_jax._paths import LeafSpec
 from gefen_jax._replicated import replicated
 
 _NO_STRUCTURE = 0.01  # explained share below which blocks are noise
 _NEAR_BEST = 0.9
-# Rows are taken as long as they explain this much of what any box does.
-_ENOUGH = 0.5
+# A matrix with sides as different as this has small units on its longer side: hidden units, tokens.
+_ELONGATED = 2.5
+_ENOUGH = 0.05
 
 
 class Evidence(NamedTuple):
@@ -130,9 +132,24 @@ def choose_block(
 
 def _in_turn(spec: LeafSpec, blocks: tuple[Shape, ...]) -> Iterator[tuple[Shape, ...]]:
     """The blocks that are tried together, the best in training first."""
-    last = len(spec.shape) - 1
-    for axis in (0, last) if is_output_layer(spec) else (last,):
-        runs = tuple(b for b in blocks if read_cut(spec.shape, b)[:2] == (axis, axis))
-        if runs:
-            yield runs
+    axis = _shorter_axis(spec)
+    runs = tuple(b for b in blocks if read_cut(spec.shape, b)[:2] == (axis, axis))
+    if runs:
+        yield runs
     yield blocks
+
+
+def _shorter_axis(spec: LeafSpec) -> int | None:
+    """The axis of one unit's weights, of the many units on a matrix's longer side."""
+    if is_output_layer(spec):
+        return 0
+    if len(spec.shape) < 2:
+        return None
+    last = len(spec.shape) - 1
+    rows, columns = spec.shape[-2:]
+    axis = last if rows > columns else last - 1
+    # Short runs cost bytes; in stacked matrices and convolutions gradients have to ask for them.
+    is_short = last > 1 and spec.shape[axis] < MIN_BLOCK
+    if is_short or max(rows, columns) < _ELONGATED * min(rows, columns):
+        return None
+    return axis

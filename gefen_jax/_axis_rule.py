@@ -45,8 +45,10 @@ from gefen_jax._replicated import replicated
 
 _NO_STRUCTURE = 0.01  # explained share below which blocks are noise
 _NEAR_BEST = 0.9
-# A matrix with sides as different as this has small units on its longer side: hidden units, tokens.
-_ELONGATED = 2.5
+# A matrix that is longer than wide by more than this has many units on its longer side, hidden units
+# or tokens. q, k and v in one kernel are not.
+_ELONGATED = 3
+# Runs of the shorter axis are taken, unless they explain less than this much of what some box does.
 _ENOUGH = 0.05
 
 
@@ -150,6 +152,6 @@ def _shorter_axis(spec: LeafSpec) -> int | None:
     axis = last if rows > columns else last - 1
     # Short runs cost bytes; in stacked matrices and convolutions gradients have to ask for them.
     is_short = last > 1 and spec.shape[axis] < MIN_BLOCK
-    if is_short or max(rows, columns) < _ELONGATED * min(rows, columns):
+    if is_short or max(rows, columns) <= _ELONGATED * min(rows, columns):
         return None
     return axis

@@ -9,11 +9,11 @@ of the variance of y. That is what sharing nu inside the box keeps; the rest is 
 boxes that come within a tenth of the best one, the one nearest to the target size is taken: larger
 boxes save bytes, smaller ones give the momentum shorter scale groups.
 
-Not all boxes compete. First come runs of the last axis, the features of one input; in an output
-layer before these runs of the first axis, one token's inputs. All others are looked at only where
-runs explain next to nothing beside them, or none divides the leaf. A column, the weights of one
-output, often explains more of a gradient, but networks trained better with rows, or parts of rows
-where these explain more, as of q, k and v in one kernel (`docs/quality.md`).
+A matrix that is much longer than wide has many units on its longer side, hidden units of an MLP or
+tokens, and only runs of its shorter axis, the weights of one of them, compete; of an output layer,
+runs of the first axis. Boxes that explain more of one gradient did not train better
+(`examples/benchmarks/research.md`). All boxes compete in other leaves, and where such runs explain
+next to nothing beside them.
 
 The reference looks at the logarithm of y^2 (`gefen_jax._period`), along flat runs, and by its local
 peaks. Here it misled: the tokens that a batch does not hold make up most of its variance, so that
@@ -25,7 +25,6 @@ reaches the host.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -45,8 +44,8 @@ from gefen_jax._replicated import replicated
 
 _NO_STRUCTURE = 0.01  # explained share below which blocks are noise
 _NEAR_BEST = 0.9
-# A matrix that is longer than wide by more than this has many units on its longer side, hidden units
-# or tokens. q, k and v in one kernel are not.
+# A matrix with a side longer than the other by more than this has many units there, hidden units or
+# tokens; q, k and v in one kernel go by what explains more.
 _ELONGATED = 3
 # Runs of the shorter axis are taken, unless they explain less than this much of what some box does.
 _ENOUGH = 0.05
@@ -125,33 +124,23 @@ def choose_block(
     def best(tried: tuple[Shape, ...]) -> float:
         return max(explained[block] for block in tried)
 
-    tried = next(t for t in _in_turn(spec, blocks) if best(t) >= _ENOUGH * most)
+    of_a_unit = tuple(block for block in blocks if _is_of_a_unit(spec, block))
+    tried = of_a_unit if of_a_unit and best(of_a_unit) >= _ENOUGH * most else blocks
     near = [block for block in tried if explained[block] >= _NEAR_BEST * best(tried)]
     chosen = min(near, key=lambda block: (distance_to_target(block), -explained[block]))
     words = describe_block(shape, chosen, local)
     return chosen, f"peak at {words}: {explained[chosen]:.0%} of the variance of |g|"
 
 
-def _in_turn(spec: LeafSpec, blocks: tuple[Shape, ...]) -> Iterator[tuple[Shape, ...]]:
-    """The blocks that are tried together, the best in training first."""
-    axis = _shorter_axis(spec)
-    runs = tuple(b for b in blocks if read_cut(spec.shape, b)[:2] == (axis, axis))
-    if runs:
-        yield runs
-    yield blocks
-
-
-def _shorter_axis(spec: LeafSpec) -> int | None:
-    """The axis of one unit's weights, of the many units on a matrix's longer side."""
-    if is_output_layer(spec):
-        return 0
-    if len(spec.shape) < 2:
-        return None
-    last = len(spec.shape) - 1
-    rows, columns = spec.shape[-2:]
-    axis = last if rows > columns else last - 1
-    # Short runs cost bytes; in stacked matrices and convolutions gradients have to ask for them.
-    is_short = last > 1 and spec.shape[axis] < MIN_BLOCK
-    if is_short or max(rows, columns) <= _ELONGATED * min(rows, columns):
-        return None
-    return axis
+def _is_of_a_unit(spec: LeafSpec, block: Shape) -> bool:
+    """Whether a block holds weights of one of the many units on a matrix's longer side."""
+    shape = spec.shape
+    if len(shape) < 2:
+        return False
+    last, (rows, columns) = len(shape) - 1, shape[-2:]
+    shorter = last if rows > columns else last - 1
+    # Short runs cost bytes; in a stack of matrices or a convolution gradients have to ask for them.
+    is_short = last > 1 and shape[shorter] < MIN_BLOCK
+    elongated = not is_short and max(rows, columns) > _ELONGATED * min(rows, columns)
+    axis, end, _ = read_cut(shape, block)
+    return axis == end == shorter and (elongated or is_output_layer(spec))

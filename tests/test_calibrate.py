@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import gefen_jax as gx
 from gefen_jax import _codebook
-from gefen_jax._axis_rule import _evidence, find_evidence
+from gefen_jax._axis_rule import _evidence
 from gefen_jax._blocks import block_size, check_block, runs_divide
 from gefen_jax._candidates import block_by_shape, candidate_blocks
 from gefen_jax._constants import MAX_BLOCK, MIN_BLOCK, NARROW_BLOCK, SMALL_LEAF
@@ -66,6 +66,7 @@ PLANTED = {
     "columns": ((512, 64), (512, 1)),
     "runs of 256 along the last axis": ((8, 2048), (1, 256)),
     "runs of 512 along the first axis": ((2048, 16), (512, 1)),
+    "two rows": ((64, 128), (2, 128)),
     "boxes of rows that are too short": ((1024, 32), (8, 32)),
     "narrow rows": ((96, 144), (1, 144)),
     "narrow columns": ((144, 96), (144, 1)),
@@ -99,17 +100,26 @@ def test_what_a_batch_does_not_hold_is_no_evidence_for_sharing():
     assert gx.calibrate(grads, grads)["w"].kind == gx.SharedBlocks((1, 144))
 
 
+# Of a matrix of the first shape, with inputs and outputs whose sizes have these deviations.
+UNITS = {
+    "hidden units going out": ((576, 144), (0.4, 0.8), (1, 144)),
+    "hidden units coming in": ((144, 576), (0.8, 0.4), (144, 1)),
+    "hidden units that differ in nothing": ((576, 144), (0, 0.8), (576, 1)),
+    "neither side is much longer": ((144, 432), (0.4, 0.8), (144, 1)),
+}
+
+
 @blocks_only
-def test_rows_come_before_columns_that_explain_more():
-    # Inputs differ in size, and outputs more: as in a layer that widens.
+@pytest.mark.parametrize("name", UNITS)
+def test_a_unit_of_the_longer_side_is_a_block_though_others_explain_more(name):
+    shape, deviations, block = UNITS[name]
     random = np.random.default_rng(0)
-    inputs = np.exp(0.4 * random.standard_normal((144, 1)))
-    outputs = np.exp(0.8 * random.standard_normal((1, 576)))
-    g = {"w": jnp.asarray(inputs * outputs * random.standard_normal((144, 576)), jnp.float32)}
-    evidence, blocks = find_evidence((g["w"],))
-    explained = dict(zip(blocks, evidence.explained, strict=True))
-    assert explained[144, 1] > 2 * explained[1, 576] > 0.05
-    assert gx.calibrate(g, g)["w"].kind == gx.SharedBlocks((1, 576))
+    g = random.standard_normal(shape)
+    for axis, deviation in enumerate(deviations):
+        sizes = np.exp(deviation * random.standard_normal(shape[axis]))
+        g *= np.expand_dims(sizes, 1 - axis)
+    grads = {"w": jnp.asarray(g, jnp.float32)}
+    assert gx.calibrate(grads, grads)["w"].kind == gx.SharedBlocks(block)
 
 
 @blocks_only
@@ -119,13 +129,6 @@ def test_parts_of_rows_where_these_explain_more():
     sizes = np.repeat(np.exp(random.standard_normal((144, 3))) * [1, 1, 4], 144, axis=1)
     g = {"w": jnp.asarray(sizes * random.standard_normal((144, 432)), jnp.float32)}
     assert gx.calibrate(g, g)["w"].kind == gx.SharedBlocks((1, 144))
-
-
-@blocks_only
-def test_no_box_of_rows_that_are_blocks_on_their_own():
-    # Boxes of two rows would explain as much, in half of the bytes.
-    g = {"w": _planted((64, 128), (2, 128))}
-    assert gx.calibrate(g, g)["w"].kind == gx.SharedBlocks((1, 128))
 
 
 @blocks_only

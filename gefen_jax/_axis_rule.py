@@ -7,18 +7,10 @@ given), a box explains the share
 
 of the variance of y. That is what sharing nu inside the box keeps; the rest is lost. Among the
 boxes that come within a tenth of the best one, the one nearest to the target size is taken: larger
-boxes save bytes, smaller ones give the momentum shorter scale groups.
-
-A matrix that is much longer than wide has many units on its longer side, hidden units of an MLP or
-tokens, and only runs of its shorter axis, the weights of one of them, compete; of an output layer,
-runs of the first axis. Boxes that explain more of one gradient did not train better
-(`examples/benchmarks/research.md`). All boxes compete in other leaves, and where such runs explain
-next to nothing beside them.
-
-The reference looks at the logarithm of y^2 (`gefen_jax._period`), along flat runs, and by its local
-peaks. Here it misled: the tokens that a batch does not hold make up most of its variance, so that
-two tokens may share, and nearly as much is explained in an output layer by what all tokens have in
-common.
+boxes save bytes, smaller ones give the momentum shorter scale groups. The reference looks at the
+logarithm of y^2 (`gefen_jax._period`), along flat runs, and by its local peaks. Here it misled:
+the tokens that a batch does not hold make up most of its variance, so that two tokens may share,
+and nearly as much is explained in an output layer by what all tokens have in common.
 
 Everything is float32 and jitted, and works on sharded gradients: only one number per candidate
 reaches the host.
@@ -30,7 +22,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gefen_jax._blocks import Shape, block_size, read_cut, runs_divide, split
+from gefen_jax._blocks import Shape, block_size, runs_divide, split
 from gefen_jax._candidates import (
     block_by_shape,
     candidate_blocks,
@@ -38,17 +30,11 @@ from gefen_jax._candidates import (
     distance_to_target,
     is_output_layer,
 )
-from gefen_jax._constants import MIN_BLOCK
 from gefen_jax._paths import LeafSpec
 from gefen_jax._replicated import replicated
 
 _NO_STRUCTURE = 0.01  # explained share below which blocks are noise
 _NEAR_BEST = 0.9
-# A matrix with a side longer than the other by more than this has many units there, hidden units or
-# tokens; q, k and v in one kernel go by what explains more.
-_ELONGATED = 3
-# Runs of the shorter axis are taken, unless they explain less than this much of what some box does.
-_ENOUGH = 0.05
 
 
 class Evidence(NamedTuple):
@@ -116,31 +102,11 @@ def choose_block(
         return by_shape, f"zero gradient: by shape, {describe_block(shape, by_shape, local)}"
     if not blocks:
         return by_shape, f"no run divides {shape}: {describe_block(shape, by_shape, local)}"
-    explained = dict(zip(blocks, evidence.explained, strict=True))
-    most = max(evidence.explained)
-    if not most >= _NO_STRUCTURE:
+    best = max(evidence.explained)
+    if not best >= _NO_STRUCTURE:
         return by_shape, f"no structure: {describe_block(shape, by_shape, local)}"
-
-    def best(tried: tuple[Shape, ...]) -> float:
-        return max(explained[block] for block in tried)
-
-    of_a_unit = tuple(block for block in blocks if _is_of_a_unit(spec, block))
-    tried = of_a_unit if of_a_unit and best(of_a_unit) >= _ENOUGH * most else blocks
-    near = [block for block in tried if explained[block] >= _NEAR_BEST * best(tried)]
-    chosen = min(near, key=lambda block: (distance_to_target(block), -explained[block]))
-    words = describe_block(shape, chosen, local)
-    return chosen, f"peak at {words}: {explained[chosen]:.0%} of the variance of |g|"
-
-
-def _is_of_a_unit(spec: LeafSpec, block: Shape) -> bool:
-    """Whether a block holds weights of one of the many units on a matrix's longer side."""
-    shape = spec.shape
-    if len(shape) < 2:
-        return False
-    last, (rows, columns) = len(shape) - 1, shape[-2:]
-    shorter = last if rows > columns else last - 1
-    # Short runs cost bytes; in a stack of matrices or a convolution gradients have to ask for them.
-    is_short = last > 1 and shape[shorter] < MIN_BLOCK
-    elongated = not is_short and max(rows, columns) > _ELONGATED * min(rows, columns)
-    axis, end, _ = read_cut(shape, block)
-    return axis == end == shorter and (elongated or is_output_layer(spec))
+    near = [i for i, r in enumerate(evidence.explained) if r >= _NEAR_BEST * best]
+    chosen = min(near, key=lambda i: (distance_to_target(blocks[i]), -evidence.explained[i]))
+    share = evidence.explained[chosen]
+    words = describe_block(shape, blocks[chosen], local)
+    return blocks[chosen], f"peak at {words}: {share:.0%} of the variance of |g|"

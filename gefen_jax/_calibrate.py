@@ -46,9 +46,8 @@ def calibrate(
     r"""Infers the blocks of every leaf and learns the codebook, from one gradient or several.
 
     With the rule "axis", a leaf gets the box, along whichever axis, that explains the variance of
-    the gradient's magnitude, but a matrix much longer than wide, or an output layer, one along its
-    shorter axis; small leaves keep exact moments; a leaf without structure or without a gradient
-    gets a block by its shape. With "reference" every leaf gets the flat period of the
+    the gradient's magnitude; small leaves keep exact moments; a leaf without structure or without a
+    gradient gets a block by its shape. With "reference" every leaf gets the flat period of the
     Gefen package. The codebook minimises the squared error of the gradients divided by their
     block's largest magnitude, exactly, with -1, 1 and (but for "reference") 0 fixed.
 

@@ -114,24 +114,19 @@ def test_calibrated_on_structured_gradients(model, record_property):
     build, size, bound, *_ = MODELS[model]
     by_shape = gx.plan_by_shape(build(), kind="shared_blocks")
     held = Counter()
-
-    def name(shape: tuple[int, ...]) -> str:
-        # A part of an output layer is one by its name only.
-        return f"lm_head/{shape}" if shape[-1] in VOCABULARIES else str(shape)
-
     for leaf in filter(coded, by_shape.leaves):
         held[leaf.shape] += leaf.size
-    distinct = {name(shape): shape for shape in held if held[shape] >= CALIBRATED_SHARE * size}
+    distinct = {str(shape): shape for shape in held if held[shape] >= CALIBRATED_SHARE * size}
     grads = {
-        path: structured_gradient(tuple(VOCABULARIES.get(d, d) for d in shape))
-        for path, shape in distinct.items()
+        name: structured_gradient(tuple(VOCABULARIES.get(d, d) for d in shape))
+        for name, shape in distinct.items()
     }
     calibrated = gx.calibrate(grads, grads)
 
     def block_of(shape: tuple[int, ...]) -> tuple[int, ...]:
-        if name(shape) not in distinct:
+        if str(shape) not in distinct:
             return heaviest(shape)
-        block = calibrated[name(shape)].kind.block
+        block = calibrated[str(shape)].kind.block
         assert block in candidate_blocks(shape)
         return block
 

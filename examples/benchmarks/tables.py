@@ -207,6 +207,15 @@ def update_error() -> str:
     return _markdown(["gradients", "Adam's", *kinds, "largest of all"], rows)
 
 
+def nu_codes() -> str:
+    """Updates beside AdamW's, by how two elements' second moments are kept."""
+    rows = [
+        [name, f"{of['error']:.2f}", f"{of['size']:.2f}"]
+        for name, of in _load("nu_codes.json")["results"]["finetune"].items()
+    ]
+    return _markdown(["second moments of two elements", "error", "size"], rows)
+
+
 def simulate_mesh() -> str:
     """Gigabytes per device on abstract meshes."""
     columns = ("adamw's state", "gefen's state", "in all, adamw", "in all, gefen")
@@ -291,6 +300,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mesh_memory": mesh_memory,
     "simulate_mesh": simulate_mesh,
     "update_error": update_error,
+    "nu_codes": nu_codes,
 }
 
 

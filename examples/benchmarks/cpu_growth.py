@@ -41,21 +41,23 @@ def main() -> None:
     """Runs everything, writes `cpu_growth.json` after every row, prints a table."""
     parser = argparse.ArgumentParser(description="How step and compile times grow.")
     parser.add_argument("--leaf", nargs="+", choices=SIDES, help="only these rows; others are kept")
-    only = parser.parse_args().leaf
+    parser.add_argument("--compile", action="store_true", help="only the rows of compile times")
+    args = parser.parse_args()
+    some = args.compile or args.leaf is not None
     results: dict[str, Any] = {}
-    if only is not None:
+    if some:
         results = json.loads((RESULTS / "cpu_growth.json").read_text(encoding="utf-8"))["results"]
 
     def add(name: str, seconds: dict[str, list[float]]) -> None:
         results[name] = _row(seconds)
         write("cpu_growth.json", "python examples/benchmarks/cpu_growth.py", results)
 
-    for name in only or SIDES:
+    for name in args.leaf or (() if args.compile else SIDES):
         side = SIDES[name]
         tree = {"w": jax.ShapeDtypeStruct((side, side), jnp.float32)}
         wall = {n: times[0] for n, times in step_seconds(tree).items()}
         add(f"one {name} leaf: step wall s", wall)
-    for number, times in () if only else LEAVES.items():
+    for number, times in LEAVES.items() if args.compile or not some else ():
         tree = _leaves(number)
         wall = {
             name: compile_seconds(make(tree), weights(name, tree), times)[0]

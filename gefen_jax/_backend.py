@@ -114,15 +114,18 @@ def in_best_form(
     arrays with the shapes and dtypes of what comes out.
     """
 
+    # Forms take arrays, and hold none: JAX keeps them for as long as the program.
+    arrays, static = [getattr(step, name) for name in _TRACED], step._replace(**_NO_ARRAYS)
+
     def one_size(g: Array, state: Any, block: Shape) -> Any:
         def form(advance: Advance, chunk: Chunk | None) -> Callable[..., Any]:
-            # Branches take arrays only: what is static in the step stays outside.
             def run(g: Array, state: Any, *arrays: Any) -> Any:
-                return advance(g, state, block, step._replace(**_named(arrays)), chunk=chunk)
+                here = static._replace(**dict(zip(_TRACED, arrays, strict=True)))
+                return advance(g, state, block, here, chunk=chunk)
 
             return run
 
-        whole, args = form(advance, None), (g, state, *(getattr(step, name) for name in _TRACED))
+        whole, args = form(advance, None), (g, state, *arrays)
         if g.size <= CHUNK or any(map(_on_a_mesh, jax.tree.leaves((g, state)))):
             return whole(*args)
         # At least two pieces: kernels of several leaves may run in any order, which keeps the
@@ -194,11 +197,8 @@ def in_joined_form(
 
 # The fields of a Step that hold arrays.
 _TRACED = ("decay", "encoder", "levels", "phase", "rates", "place", "weight_phase")
+_NO_ARRAYS: dict[str, Any] = dict.fromkeys(_TRACED)
 _TABLES = ("encoder", "levels")  # of them, those that are arrays of all leaves' kernels
-
-
-def _named(arrays: Any) -> dict[str, Any]:
-    return dict(zip(_TRACED, arrays, strict=True))
 
 
 def update_leaf(

@@ -15,7 +15,7 @@ from jax.interpreters import ad, batching, mlir
 
 from gefen_jax._varying import varying_alike
 
-_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_PLATFORMS = ("cpu", "cuda", "rocm")  # that have forms of their own
 
 
 class _Forms(NamedTuple):
@@ -24,9 +24,9 @@ class _Forms(NamedTuple):
     default: Callable[..., list[Any]]
     others: tuple[tuple[str, Callable[..., list[Any]]], ...]  # by platform
 
-    def on(self, platform: str) -> Callable[..., list[Any]]:
-        """The form for a platform."""
-        return dict(self.others).get(platform, self.default)
+    def on(self, platform: str | None) -> Callable[..., list[Any]]:
+        """The form for a platform; None for any other."""
+        return next((form for name, form in self.others if name == platform), self.default)
 
     def traced(self, *args: Any) -> list[Any]:
         """All of them, of which the compiler takes one."""
@@ -58,7 +58,7 @@ def _derivative(primals: Any, tangents: Any, *, forms: _Forms, types: Any) -> An
     return jax.jvp(forms.traced, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
-def _lowering(platform: str) -> Any:
+def _lowering(platform: str | None) -> Any:
     def lowered(*args: Any, forms: _Forms, types: tuple[Any, ...]) -> list[Any]:
         results = forms.on(platform)(*args)
         found = [(x.shape, x.dtype) for x in results]
@@ -70,7 +70,7 @@ def _lowering(platform: str) -> Any:
 
 batching.primitive_batchers[_by_platform] = _batched
 ad.primitive_jvps[_by_platform] = _derivative
-for _platform in _PLATFORMS:
+for _platform in (None, *_PLATFORMS):
     mlir.register_lowering(_by_platform, _lowering(_platform), platform=_platform)
 
 
@@ -79,9 +79,10 @@ def by_platform(
 ) -> Any:
     """``forms[platform](*args)`` on the device at hand, ``default(*args)`` where it has no form.
 
-    The forms return a tree of arrays with the shapes and dtypes of ``results``, which a gradient
-    does not look at.
+    The forms, for "cpu", "cuda" or "rocm", return a tree of arrays with the shapes and dtypes of
+    ``results``. They must not hold a traced array: all of these are arguments.
     """
+    assert set(forms) <= set(_PLATFORMS), forms.keys()
     args = varying_alike(args)
     if any(not jax.typeof(x).sharding.mesh.empty for x in jax.tree.leaves(args)):
         # What a form makes there has to know the mesh that it is traced on.

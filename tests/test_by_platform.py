@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import gefen_jax as gx
 from gefen_jax._by_platform import by_platform, of_default
 
 
@@ -126,6 +127,28 @@ def test_inside_a_shard_map(step, axis_type):
         placed = jax.device_put(tree, NamedSharding(mesh, P("data")))
         found = jax.jit(mapped)(placed, table)
     _assert_equal(jax.device_get(found), _expected(tree, table))
+
+
+_LARGE = {k: jnp.ones((520 + 8 * i, 512)) for i, k in enumerate("ab")} | {"c": jnp.ones((600, 514))}
+_OPTIMIZERS = {
+    "dual codes": lambda: gx.gefen(1e-3),
+    "shared blocks": lambda: gx.gefen(1e-3, plan=gx.plan_by_shape(_LARGE, kind="shared_blocks")),
+    "fused": lambda: gx.fused_gefen(1e-3),
+    "fused, split weights": lambda: gx.with_split_weights(gx.fused_gefen(1e-3)),
+    "flash": lambda: gx.flash_adamw(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", _OPTIMIZERS)
+def test_no_tracer_outlives_its_trace(name):
+    """Leaves that are worked through in pieces, together and alone."""
+    tx, weights = _OPTIMIZERS[name](), _LARGE
+    state = tx.init(weights)
+    if "split" in name:
+        weights = gx.split_weights(weights)[0]
+    step = tx.step if "fused" in name else tx.update
+    with jax.checking_leaks():
+        jax.jit(step).lower(weights, state, weights)
 
 
 def test_a_form_of_other_results_is_found_out():

@@ -78,7 +78,7 @@ def kernel_of(kind: str, g: Array, backend: str | None) -> Any:
       NotImplementedError: For a kind without a kernel, and for a leaf on several devices, whose
         shards a kernel does not know.
     """
-    if backend not in _KERNELS or not g.size:
+    if not has_kernels(backend) or not g.size:
         return None
     if kind not in _MODULES:
         raise NotImplementedError(
@@ -139,9 +139,14 @@ def in_best_form(
     return by_equal_runs(one_size, g, state, block)
 
 
+def has_kernels(backend: str | None) -> bool:
+    """Whether a backend was named that has kernels, which work in place."""
+    return backend in _KERNELS
+
+
 def joined_run(kind: Kind, g: ArrayLike, moments: Moments, backend: str | None) -> int | None:
     """The run of a leaf's blocks, if leaves of equal runs can be stepped together, else None."""
-    if backend in _KERNELS or not isinstance(kind, JoinedKind):
+    if has_kernels(backend) or not isinstance(kind, JoinedKind):
         return None
     placed = any(map(is_placed, jax.tree.leaves((g, moments))))
     return None if placed else kind.run(jnp.shape(g))
@@ -175,24 +180,29 @@ def in_joined_form(
 
     On a CPU ``after(number, leaf, arrays)`` of leaves with the moments that ``advance`` makes of
     all in one loop, about ``size`` elements a turn. Elsewhere it is ``alone(number, leaf, arrays)``
-    as they are: what loops cost there was not measured, and more leaves at a time are more
+    one after the other: what loops cost there was not measured, and more leaves at a time are more
     temporaries. ``arrays``, to which phases are added, and ``static`` are the fields of a `Step`;
     what comes out has the shapes and dtypes of ``results``.
     """
 
-    def each(function: OfLeaf, leaves: Sequence[Leaf], arrays: Any, phases: Any) -> list[Any]:
-        return [function(i, x, arrays | {"phase": phases[i]}) for i, x in enumerate(leaves)]
+    def in_turn(leaves: Sequence[Leaf], arrays: Any, phases: Any) -> list[Any]:
+        new, last = [], None
+        for i, x in enumerate(leaves):
+            moments, own = behind(last, x.moments, arrays | {"phase": phases[i]})
+            new.append(alone(i, x._replace(moments=moments), own))
+            last = new[-1][1].mu
+        return new
 
     def together(leaves: Sequence[Leaf], arrays: Any, phases: Any) -> list[Any]:
         step = Step(**arrays, **static, phase=phases[0])
         gradients, moments = [x.g for x in leaves], [x.moments for x in leaves]
         new = advance_joined(advance, gradients, moments, run, step, phases, size)
         stepped = [x._replace(moments=m) for x, m in zip(leaves, new, strict=True)]
-        return each(after, stepped, arrays, phases)
+        return [after(i, x, arrays | {"phase": phases[i]}) for i, x in enumerate(stepped)]
 
     leaves = not_differentiable(leaves, NO_DERIVATIVE)
     args = leaves, arrays, phases
-    return by_platform(results, *args, cpu=together, default=functools.partial(each, alone))
+    return by_platform(results, *args, cpu=together, default=in_turn)
 
 
 # The fields of a Step that hold arrays.
@@ -285,8 +295,24 @@ def apart(tree: Any) -> Any:
     return jax.lax.optimization_barrier(tree)
 
 
+def behind(
+    last: Array | None, moments: Moments, arrays: dict[str, Any]
+) -> tuple[Moments, dict[str, Any]]:
+    """What a leaf's step reads, once ``last``, the codes of the leaf before it, are there.
+
+    Left to itself, XLA begins the steps of all leaves before it ends one, which keeps the
+    temporaries of all. (On a CPU that holds from jax 0.11 on: before, XLA drops barriers too soon.)
+    Without effect where leaves are no part of one program.
+    """
+    if not isinstance(last, jax.core.Tracer):
+        return moments, arrays
+    own = {name: arrays[name] for name in ("phase", *_TABLES)}
+    moments, own, _ = jax.lax.optimization_barrier((moments, own, last))
+    return moments, arrays | own
+
+
 def _with_tables_apart(moments: Moments, step: Step) -> tuple[Moments, Step]:
-    if step.backend in _KERNELS:  # which read them alone; what is made of them is made once
+    if has_kernels(step.backend):  # which read them alone; what is made of them is made once
         return moments, step
     moments, tables = apart((moments, tuple(getattr(step, name) for name in _TABLES)))
     return moments, step._replace(**dict(zip(_TABLES, tables, strict=True)))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
-from gefen_jax._backend import joined_run
+from gefen_jax._backend import behind, has_kernels, joined_run
 from gefen_jax._paths import LeafSpec
 from gefen_jax._specs import Partition
 from gefen_jax._types import Kind, Moments
@@ -27,6 +27,16 @@ class LeafStep(NamedTuple):
     phase: Any
     arrays: dict[str, Any]  # the other fields of a `Step`, the same for all leaves: traced ones
     static: dict[str, Any]
+
+    def after(self, last: Array | None) -> "LeafStep":
+        """The same, not begun before the codes of the leaf before, ``last``, are there.
+
+        The step of a leaf without blocks is elementwise, in one kernel: it needs no room of its own.
+        """
+        if self.kind.scale_block is None or has_kernels(self.static["backend"]):
+            return self
+        moments, own = behind(last, self.moments, self.arrays | {"phase": self.phase})
+        return self._replace(moments=moments, phase=own.pop("phase"), arrays=own)
 
 
 class Joined(NamedTuple):

@@ -355,13 +355,17 @@ def step_leaves(
             partition = None if recipe.plan is None else recipe.plan[spec.path].partition
             about = kinds[spec.path], partition, g, moments[i], phases[i], arrays, static
             leaves.append(LeafStep(i, spec, *about))
-    for run, group in groups(leaves, apart):
+    last = None
+    for run, alike in groups(leaves, apart):
+        group = [leaf.after(last) for leaf in alike]
         if len(group) == 1:
             new = [visit(group[0])]
         else:
             new = visit_joined(Joined(run, group, phases[np.array([x.number for x in group])]))
         for leaf, of_leaf in zip(group, new, strict=True):
             moments[leaf.number] = of_leaf
+        if group[-1].kind.scale_block is not None:
+            last = new[-1].mu
     slots = by_slot(treedef, moments)
     return ScaleByGefenState(jnp.asarray(count), state.codebook, state.codebook4, **slots)
 

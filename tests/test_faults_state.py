@@ -409,6 +409,23 @@ def test_21_no_float32_copy_of_the_model(dtype, record_property):
     assert fraction <= 1.2
 
 
+# What one whole leaf needs, in leaves of float32: with columns as blocks it is stepped alone.
+SMALL = {"shared blocks": (gx.SharedBlocks((1, 256)), 1.2), "columns": (gx.DualCode((256, 1)), 4)}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA drops barriers before it schedules")
+@pytest.mark.parametrize("name", SMALL)
+def test_21_temporaries_of_small_leaves_do_not_add_up(name, record_property):
+    """Leaves that are not cut into pieces are stepped one after the other."""
+    kind, bound = SMALL[name]
+    params = {str(i): jax.ShapeDtypeStruct((256, 1024), jnp.float32) for i in range(8)}
+    assert math.prod(params["0"].shape) <= CHUNK
+    plan = gx.plan_by_shape(params).with_kind("*", kind)
+    leaves = planned_temporaries(params, plan) / (4 * math.prod(params["0"].shape))
+    record_property(f"leaves of temporaries, {name}, 8 small leaves", round(leaves, 4))
+    assert leaves <= bound
+
+
 def test_21_init_needs_nothing_beyond_the_state():
     params = {"w": jax.ShapeDtypeStruct((8192, 8192), jnp.float32)}
     tx = gx.gefen(1e-3)

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -129,11 +130,16 @@ def _on_mesh(tree: Any, mesh: Any) -> Any:
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(tree), mesh, _RULES)
 
 
-def _linen_train_state(plan: gx.Plan) -> tuple[TrainState, Any]:
+def _optimizer(plan: gx.Plan | None) -> optax.GradientTransformation:
+    """With a plan gefen, without one what it is compared with."""
+    return optax.adamw(_RATE) if plan is None else gx.gefen(_RATE, plan=plan)
+
+
+def _linen_train_state(plan: gx.Plan | None) -> tuple[TrainState, Any]:
     """Before the first step, on one device; and a step."""
     model, _ = _boxed()
     params = model.init(jax.random.key(0), jnp.zeros((1, _SHAPE[0])))
-    tx = gx.gefen(_RATE, plan=plan)
+    tx = _optimizer(plan)
     train = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
     @jax.jit
@@ -144,19 +150,20 @@ def _linen_train_state(plan: gx.Plan) -> tuple[TrainState, Any]:
 
 
 @functools.cache
-def _linen_alone(plan: gx.Plan) -> tuple[Any, Any]:
+def _linen_alone(plan: gx.Plan | None) -> tuple[Any, Any]:
     train, step = _linen_train_state(plan)
     for i in range(_STEPS):
         train = step(train, _grads(i))
     return jax.device_get((train.params, train.opt_state))
 
 
+@pytest.mark.parametrize("is_gefen", [True, False], ids=["gefen", "adamw"])
 @pytest.mark.parametrize("axis_type", _AXIS_TYPES)
-def test_linen_train_state_of_logical_boxes(axis_type):
+def test_linen_train_state_of_logical_boxes(axis_type, is_gefen):
     """Boxes and all lie where Flax's own rules say."""
     mesh, (_, shapes) = _mesh(axis_type), _boxed()
-    plan = gx.plan_by_shape(shapes, specs=_on_mesh(shapes, mesh))
-    assert plan["params/kernel"].kind == gx.DualCode((1, 64))
+    plan = gx.plan_by_shape(shapes, specs=_on_mesh(shapes, mesh)) if is_gefen else None
+    assert plan is None or plan["params/kernel"].kind == gx.DualCode((1, 64))
     train, step = _linen_train_state(plan)
     where = _on_mesh(jax.eval_shape(lambda: train), mesh)
     at = nn.unbox(where.params)["params"]["kernel"]

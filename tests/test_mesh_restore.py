@@ -117,22 +117,41 @@ _ONTO_ONE = {
 
 
 @functools.cache
-def _placed_and_stepped() -> tuple[Any, Any, Any]:
+def _placed_and_stepped(optimizer: str, axis_type: AxisType) -> tuple[Any, Any, Any]:
     """Arguments of a step on the old mesh, the step, and what it gives on one device."""
-    params = jax.device_put(_tree(0), _at(_OLD, AxisType.Auto))
-    tx = gx.scale_by_gefen(plan=gx.plan_by_shape(params))
+    params = jax.device_put(_tree(0), _at(_OLD, axis_type))
+    tx = optax.scale_by_adam()
+    if optimizer == "gefen":
+        tx = gx.scale_by_gefen(plan=gx.plan_by_shape(params))
     step = jax.jit(tx.update)
     return (params, tx.init(params)), step, step(_tree(0), tx.init(_tree(0)))
 
 
+@pytest.mark.parametrize("axis_type", _AXIS_TYPES)
+@pytest.mark.parametrize("optimizer", ["gefen", "adam"])
 @pytest.mark.parametrize("way", _ONTO_ONE)
-def test_from_a_mesh_onto_one_of_its_devices(way):
+def test_from_a_mesh_onto_one_of_its_devices(way, optimizer, axis_type):
     """With the plan for the mesh."""
-    placed, step, expected = _placed_and_stepped()
+    placed, step, expected = _placed_and_stepped(optimizer, axis_type)
     device = jax.devices()[3]
     updates, state = step(*_ONTO_ONE[way](placed, device))
     assert {d for x in jax.tree.leaves(state) for d in x.devices()} == {device}
     _assert_same((updates, state), expected)
+
+
+@pytest.mark.parametrize("axis_type", _AXIS_TYPES)
+@pytest.mark.parametrize("optimizer", ["gefen", "adam"])
+def test_after_device_put_types_still_name_the_mesh(optimizer, axis_type):
+    """Only Adam, from Auto axes, goes on from there."""
+    (params, state), step, expected = _placed_and_stepped(optimizer, axis_type)
+    device = jax.devices()[3]
+    placed = jax.device_put((params, state), device)
+    step = jax.jit(functools.partial(step))  # which was not compiled for arrays on one device
+    if (optimizer, axis_type) == ("adam", AxisType.Auto):
+        _assert_same(step(*placed), expected)
+        return
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError)):
+        jax.block_until_ready(step(*placed))
 
 
 def test_a_checkpoint_of_adamw_and_back(tmp_path):

@@ -1,12 +1,12 @@
 """The one place that knows which device it is on, and which implementation runs there."""
 
-import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, UInt32
@@ -304,7 +304,7 @@ def behind(
     temporaries of all. (On a CPU that holds from jax 0.11 on: before, XLA drops barriers too soon.)
     Without effect where leaves are no part of one program.
     """
-    if not isinstance(last, jax.core.Tracer):
+    if not isinstance(last, Tracer):
         return moments, arrays
     own = {name: arrays[name] for name in ("phase", *_TABLES)}
     moments, own, _ = jax.lax.optimization_barrier((moments, own, last))

@@ -31,7 +31,7 @@ class LeafStep(NamedTuple):
     def after(self, last: Array | None) -> "LeafStep":
         """The same, not begun before the codes of the leaf before, ``last``, are there.
 
-        The step of a leaf without blocks is elementwise, in one kernel: it needs no room of its own.
+        The step of a leaf without blocks is elementwise, in one kernel: it needs no temporaries.
         """
         if self.kind.scale_block is None or has_kernels(self.static["backend"]):
             return self

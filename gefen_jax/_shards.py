@@ -64,7 +64,7 @@ class Shards(NamedTuple):
         mapped: OfPart = jax.shard_map(
             on_shard,
             mesh=self.mesh,
-            axis_names=free_axes(self.mesh),
+            axis_names=free_axes(self.mesh) if self.mesh.manual_axes else set(),
             in_specs=(self.spec, everywhere, everywhere),
             out_specs=self.spec,
             # A kernel does not say along which axes of the mesh its results vary.

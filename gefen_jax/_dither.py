@@ -38,7 +38,7 @@ def leaf_phases(paths: Sequence[str], count: Int[Array, ""]) -> UInt32[Array, "l
     names = np.array([[zlib.crc32(path.encode()), 0] for path in paths], np.uint32)
     step = count.astype(jnp.uint32) * _GOLDEN
     # No `stack` of the two: under `vmap` over an Explicit axis it wants both to lie alike.
-    return names.reshape(-1, 2) + step * np.array([[0, 1]], np.uint32)
+    return jnp.asarray(names.reshape(-1, 2)) + step * np.array([[0, 1]], np.uint32)
 
 
 def dither(

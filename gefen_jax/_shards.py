@@ -64,7 +64,7 @@ class Shards(NamedTuple):
         mapped: OfPart = jax.shard_map(
             on_shard,
             mesh=self.mesh,
-            # Unnamed, all but the Explicit axis that `vmap` may map over, which is in the mesh, too.
+            # Unnamed: all but an Explicit axis that `vmap` maps over, which the mesh has, too.
             axis_names=free_axes(self.mesh) if self.mesh.manual_axes else set(),
             in_specs=(self.spec, everywhere, everywhere),
             out_specs=self.spec,

@@ -2,7 +2,7 @@
 
 One jitted step with donated parameters and state: `update` and `apply_updates`, or the fused step.
 Nothing runs: temporaries are the compiler's analysis, kernels and traffic are counted in the
-compiled HLO, and there is no measurement of speed. Needs the CUDA plugin of the installed jax (V is
+compiled HLO; of time there is the compiler's only. Needs the CUDA plugin of the installed jax (V is
 its version, and nothing else of CUDA is needed):
 
     pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V
@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ COLUMNS = (
     "loops",
     "traffic_bytes_per_parameter",  # of kernels; what they read twice counts once
     "copied_bytes_per_parameter",
+    "compile_seconds",  # from Python to machine code, on the CPU at hand
 )
 
 # What no kernel or copy is run for.
@@ -177,7 +179,10 @@ def compiled(tx: Any, tree: Any, device: Any) -> Any:
 
 def measure(tx: Any, tree: Any, device: Any) -> dict[str, float]:
     """One row of the table."""
+    jax.clear_caches()  # as in a program of its own
+    start = time.perf_counter()
     executable = compiled(tx, tree, device)
+    seconds = time.perf_counter() - start
     parameters = sum(x.size for x in jax.tree.leaves(tree))
     temporary = executable.memory_analysis().temp_size_in_bytes
     hlo = executable.as_text()
@@ -189,6 +194,7 @@ def measure(tx: Any, tree: Any, device: Any) -> dict[str, float]:
         hlo.count(" while("),
         round(of_step.nbytes / parameters, 2),
         round(of_step.copied / parameters, 4),
+        round(seconds, 1),
     )
     return dict(zip(COLUMNS, values, strict=True))
 

@@ -250,13 +250,16 @@ def gpu_memory() -> str:
             tree,
             *(
                 f"{found[n]['temporary_bytes_per_parameter']:.2f},"
-                f" {found[n]['traffic_bytes_per_parameter']:.1f} ({found[n]['kernels']:,})"
+                f" {found[n]['traffic_bytes_per_parameter']:.1f} ({found[n]['kernels']:,}),"
+                f" {found[n]['compile_seconds']:.0f} s"
                 for n in names
             ),
         ]
         for tree, found in trees.items()
     ]
-    return _markdown(["bytes per parameter: temporaries, traffic (kernels)", *names], rows)
+    return _markdown(
+        ["bytes per parameter: temporaries, traffic (kernels), time to compile", *names], rows
+    )
 
 
 def mesh_memory() -> str:

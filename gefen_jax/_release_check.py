@@ -42,6 +42,8 @@ def _follow(jaxpr: Jaxpr, sources: Iterable[_Sources]) -> list[_Sources]:
             # Forms for platforms (`jax.lax.platform_dependent`) do the same: the last is that of
             # no platform in particular, where each leaf is stepped by itself.
             outputs = _follow(equation.params["branches"][-1].jaxpr, inputs[1:])
+        elif equation.primitive.name == "optimization_barrier":
+            outputs = inputs  # it says when, and not what
         else:
             outputs = [frozenset().union(*inputs)] * len(equation.outvars)
         if equation.primitive.name == "platform_index":

@@ -35,10 +35,10 @@ _MIX1, _MIX2, _MIX3 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B), np.uint32(0x
 
 def leaf_phases(paths: Sequence[str], count: Int[Array, ""]) -> UInt32[Array, "leaves two"]:
     """Two words per leaf: its name's, and the step's."""
-    names = np.array([[zlib.crc32(path.encode()), 0] for path in paths], np.uint32)
-    step = count.astype(jnp.uint32) * _GOLDEN
-    # No `stack` of the two: under `vmap` over an Explicit axis it wants both to lie alike.
-    return jnp.asarray(names.reshape(-1, 2)) + step * np.array([[0, 1]], np.uint32)
+    names = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
+    step = jnp.broadcast_to(count.astype(jnp.uint32) * _GOLDEN, names.shape)
+    # What is stacked has to lie alike, under `vmap` over an Explicit axis, too.
+    return jnp.stack([jnp.asarray(names) + 0 * step, step], axis=-1)
 
 
 def dither(

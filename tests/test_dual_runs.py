@@ -8,6 +8,8 @@ start every step from one state, so that such a code has no sequel.
 import functools
 import itertools
 import math
+import re
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -562,3 +564,11 @@ def test_bytes(name):
     blocks = len(list(blocks_of(shape, block)))
     leaf = gx.LeafPlan(name, shape, gx.DualCode(block), "test")
     assert leaf.nbytes == math.prod(shape) + 5 * blocks
+
+
+def test_a_leafs_own_word_is_a_constant():
+    """Else a kernel for GPUs, which reads it, would wait for one that computes it."""
+    name = jax.jit(lambda count: leaf_phases(["a", "b"], count)[1, 0])
+    text = name.lower(jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+    assert f"constant({zlib.crc32(b'b')})" in text
+    assert not re.search("multiply|add|fusion", text.split("ENTRY")[1])

@@ -280,6 +280,19 @@ def mesh_memory() -> str:
     return _markdown(["temporaries in bytes per parameter of a device's share", *names], rows)
 
 
+def train_memory() -> str:
+    """Temporaries of a whole training step."""
+    results = _load("train_memory.json")["results"]
+    rows, names = [], []
+    for devices, by_tokens in results.items():
+        if devices == "note":
+            continue
+        for tokens, row in by_tokens.items():
+            names = list(row)
+            rows.append([f"{devices}, {tokens} each", *(f"{row[name]:.3f}" for name in names)])
+    return _markdown(["bytes per parameter of a device's share", *names], rows)
+
+
 def release_memory() -> str:
     """Temporaries of a step with gradient release."""
     results = _load("release_memory.json")["results"]
@@ -301,6 +314,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "release_memory": release_memory,
     "mesh_memory": mesh_memory,
+    "train_memory": train_memory,
     "simulate_mesh": simulate_mesh,
     "update_error": update_error,
     "nu_codes": nu_codes,

@@ -86,18 +86,22 @@ def measure(tx: Any, params: Any, platform: str) -> dict[str, float]:
     return row | ({"kernels": cost(computations(hlo)).kernels} if platform == "cuda" else {})
 
 
-def main() -> None:
-    """Compiles everything, writes `mesh_memory.json` and prints the table."""
+def platforms() -> dict[str, Any]:
+    """Eight devices of each; to be called before anything else of jax."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text("utf-8"), topology=f"1x{DEVICES}x1"
     )
-    platforms = {"cuda": topology.devices, "cpu": jax.devices()}
+    return {"cuda": topology.devices, "cpu": jax.devices()}
+
+
+def main() -> None:
+    """Compiles everything, writes `mesh_memory.json` and prints the table."""
     results: dict[str, Any] = {"note": NOTE}
     table = Table("", "", "", "temporary bytes", "per local parameter", "collectives", "kernels")
-    for platform, devices in platforms.items():
+    for platform, devices in platforms().items():
         mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
         with_kernel = platform == "cuda" and jax.__version_info__ >= (0, 11, 2)
         optimizers = OPTIMIZERS | (MOSAIC if with_kernel else {})

@@ -9,7 +9,6 @@ without one (what that needs: `gpu_memory.py`), and for a CPU.
 """
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _common import write
-from gpu_memory import TARGET
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from mesh_memory import DEVICES, platforms
 from rich.console import Console
 from rich.table import Table
 from simulate_mesh import placed
@@ -30,7 +28,7 @@ import gefen_jax as gx
 
 LAYERS, WIDTH, INNER = 12, 768, 3072
 TOKENS = (64, 1024, 8192)  # of a device
-DEVICES = 8
+KINDS = {"cuda": "H200", "cpu": "CPU"}
 NOTE = "Compiled ahead of time; nothing was run."
 OPTIMIZERS: dict[str, Callable[[gx.Plan], Any]] = {
     "optax.adamw": lambda plan: optax.adamw(1e-3),
@@ -80,16 +78,10 @@ def temporaries(make: Callable[[gx.Plan], Any], mesh: Mesh, platform: str, token
 
 def main() -> None:
     """Compiles everything, writes `train_memory.json` and prints the table."""
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", DEVICES)
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=TARGET.read_text("utf-8"), topology=f"1x{DEVICES}x1"
-    )
-    kinds = {"H200": (topology.devices, "cuda"), "CPU": (jax.devices(), "cpu")}
     results: dict[str, Any] = {"note": NOTE}
     table = Table("bytes per parameter", "tokens", *OPTIMIZERS, title=NOTE)
-    for kind, (devices, platform) in kinds.items():
+    for platform, devices in platforms().items():
+        kind = KINDS[platform]
         for number in (1, DEVICES):
             mesh = Mesh(np.array(devices[:number]), ("fsdp",), axis_types=(AxisType.Auto,))
             for tokens in TOKENS:

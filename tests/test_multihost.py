@@ -4,6 +4,10 @@ The same twenty times: `examples/benchmarks/kill_and_resume.py`, whose result fi
 """
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 from kill_and_resume import follow, patiently
@@ -42,6 +46,40 @@ def test_a_killed_process(tmp_path):
     # `follow` compares each loss with that of the first time, to the last digit.
     assert [follow(line, losses) for line in said[1:-1]] == list(range(checkpoint + 1, last + 2))
     assert (run / "plan.json").exists()
+
+
+def test_one_step_function_on_two_processes_beside_adamw():
+    def both() -> list[str]:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{s.getsockname()[1]}"
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {_QUICK}",
+        }
+        workers = [
+            subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("two_processes.py"), coordinator, str(i)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        try:
+            said = [worker.communicate(timeout=100)[0] for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+        if any(worker.returncode for worker in workers):
+            raise RuntimeError("\n".join(said))
+        return said
+
+    for said in patiently(both):
+        for name in ("adamw", "gefen"):
+            assert f"{name} on 2 processes: the bits of one" in said
 
 
 def test_lines_that_another_library_breaks(tmp_path):

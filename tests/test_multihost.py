@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from kill_and_resume import follow, patiently
 from multihost import Cluster, newest
 
@@ -18,6 +19,7 @@ _RESULT = Path(__file__).parent.parent / "examples" / "results" / "kill_and_resu
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
+@pytest.mark.once
 def test_a_killed_process(tmp_path):
     run, losses = tmp_path / "run", {}
 

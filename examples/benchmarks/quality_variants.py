@@ -144,6 +144,22 @@ def _shorter_axis(
     return gx.gefen(learning_rate, b2=b2, weight_decay=weight_decay, mask=mask, plan=plan)
 
 
+def _smaller_blocks(size: int, *args: Any, params: Any, **kwargs: Any) -> Any:
+    """A scale of the first moments for every so many elements at most, instead of 256."""
+    plan = gx.plan_by_shape(params)
+
+    def divided(length: int) -> int:
+        halves = (length >> i for i in range(length.bit_length()))
+        return next(half for half in halves if half <= size)
+
+    for row in plan.table():
+        kind = plan[row.path].kind
+        if isinstance(kind, gx.DualCode):
+            smaller = gx.DualCode(tuple(map(divided, kind.block)))
+            plan = plan.with_kind(row.path, smaller)
+    return _optimizer(functools.partial(gx.gefen, plan=plan), *args, **kwargs)
+
+
 def _wide(*args: Any, params: Any, **kwargs: Any) -> optax.GradientTransformation:
     """A byte and a half per parameter: no second moment is shared."""
     plan = gx.plan_by_shape(params, kind="wide_dual_code")
@@ -154,6 +170,7 @@ VARIANTS: dict[str, Variant] = {
     "adamw": _adamw,
     "gefen": _gefen,
     "gefen, wide codes": _wide,
+    "gefen, blocks of 64": functools.partial(_smaller_blocks, 64),
     "gefen, pairs along the shorter axis": _shorter_axis,
     "gefen, shared blocks": functools.partial(_planned, "axis"),
     "gefen, reference rule": functools.partial(_planned, "reference"),

@@ -72,6 +72,8 @@ def test_one_step_function_on_two_processes_beside_adamw():
         ]
         try:
             said = [worker.communicate(timeout=100)[0] for worker in workers]
+        except subprocess.TimeoutExpired as error:  # the other one has failed
+            raise RuntimeError(str(error)) from error
         finally:
             for worker in workers:
                 worker.kill()

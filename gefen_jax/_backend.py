@@ -59,13 +59,19 @@ def check_backend(backend: str | None) -> None:
         )
 
 
-# By the kind of leaf, the module with its kernels. Exact leaves never ask: they are small, and XLA
-# makes one kernel of their step.
+# By the kind of leaf, the module with its kernels. Exact leaves never ask: XLA makes one kernel of
+# the step of a leaf.
 _MODULES = {
     "dual_code": "_dual_kernel",
     "shared_blocks": "_shared_kernel",
     "flat_periods": "_shared_kernel",
 }
+
+# And that with a kernel for many leaves at once, which a GPU steps in less time than it takes to
+# start a kernel for each.
+_MODULES_OF_MANY = {"exact": "_exact_kernel"}
+_BACKENDS_OF_MANY = ("triton", "mosaic")
+_SMALL = 1 << 16  # elements of such a leaf, at most
 
 
 def kernel_of(kind: str, g: Array, backend: str | None) -> Any:
@@ -92,6 +98,16 @@ def kernel_of(kind: str, g: Array, backend: str | None) -> Any:
         )
     # Here, as it takes time, and Pallas, where it is asked for.
     return importlib.import_module(f"gefen_jax.{_MODULES[kind]}")
+
+
+def kernel_of_many(kind: str, backend: str | None) -> Any:
+    """The module with a kernel that takes many small leaves a step further; None if there is none.
+
+    With their weights: what follows an update that is not fused is a kernel for every leaf anyway.
+    """
+    if backend not in _BACKENDS_OF_MANY or kind not in _MODULES_OF_MANY:
+        return None
+    return importlib.import_module(f"gefen_jax.{_MODULES_OF_MANY[kind]}")
 
 
 def in_best_form(
@@ -145,11 +161,16 @@ def has_kernels(backend: str | None) -> bool:
 
 
 def joined_run(kind: Kind, g: ArrayLike, moments: Moments, backend: str | None) -> int | None:
-    """The run of a leaf's blocks, if leaves of equal runs can be stepped together, else None."""
-    if has_kernels(backend) or not isinstance(kind, JoinedKind):
+    """The run of a leaf's blocks, if leaves of equal runs can be stepped together, else None.
+
+    With kernels that is 1, of small leaves without blocks.
+    """
+    if any(map(is_placed, jax.tree.leaves((g, moments)))):
         return None
-    placed = any(map(is_placed, jax.tree.leaves((g, moments))))
-    return None if placed else kind.run(jnp.shape(g))
+    if has_kernels(backend):
+        small = 0 < jnp.size(g) <= _SMALL
+        return 1 if small and kernel_of_many(kind.name, backend) is not None else None
+    return kind.run(jnp.shape(g)) if isinstance(kind, JoinedKind) else None
 
 
 class Leaf(NamedTuple):

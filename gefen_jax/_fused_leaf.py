@@ -20,10 +20,11 @@ from gefen_jax._backend import (
     by_the_compiler,
     in_joined_form,
     is_placed,
+    kernel_of_many,
 )
 from gefen_jax._dither import Place, dither
 from gefen_jax._groups import Joined, LeafStep
-from gefen_jax._release_part import Part
+from gefen_jax._release_part import Low, Part
 from gefen_jax._shards import shards_of
 from gefen_jax._split import advance, merge
 from gefen_jax._transform import (
@@ -87,6 +88,15 @@ def _step_joined(leaves, arrays, phases, *, kinds, run, size, **static):
     return in_joined_form(kinds[0].advance, leaves, arrays, phases, results=results, **how)
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "rounding", *_STATIC))
+def _step_in_one_kernel(leaves, arrays, phases, weight_phases, *, kind, rounding, **static):
+    """What `_step_jitted` gives of each ``(weight, g, moments)``; whole leaves, split alike."""
+    kernel = kernel_of_many(kind.name, static["backend"])
+    both = zip(phases, weight_phases, strict=True)
+    steps = [Step(**arrays, **static, phase=x, weight_phase=y) for x, y in both]
+    return kernel.fused(leaves, steps, _Move(rounding))
+
+
 @functools.partial(jax.jit, static_argnames=("kind", *_STATIC))
 def _moved(p, g, moments, arrays, *, kind, **static):
     """The weight of one leaf after the step of its moments: one elementwise expression."""
@@ -125,6 +135,10 @@ class _Move(NamedTuple):
         return Weight(high, low)
 
 
+def _rounding(low: Low | None) -> Rounding | None:
+    return None if low is None else Rounding(low.bits, low.stochastic)
+
+
 def step_part(
     recipe: Recipe,
     part: Part,
@@ -152,7 +166,7 @@ def step_part(
             part.place(leaf.spec.shape),
             kind=leaf.kind,
             partition=leaf.partition,
-            rounding=None if low is None else Rounding(low.bits, low.stochastic),
+            rounding=_rounding(low),
             **leaf.static,
         )
         leaves[leaf.number] = weight.high
@@ -163,20 +177,33 @@ def step_part(
     def visit_joined(joined: Joined) -> list[Moments]:
         for leaf in joined.leaves:
             check_parameter(leaf.spec, leaves[leaf.number])
-        parts = [Leaf(leaves[leaf.number], leaf.g, leaf.moments) for leaf in joined.leaves]
-        first = joined.leaves[0]
+        first, own = joined.leaves[0], [part.lows.get(leaf.spec.path) for leaf in joined.leaves]
         arrays = first.arrays | {"rates": rates[first.number]}
-        about = {"kinds": joined.kinds, "run": joined.run, "size": JOINED_CHUNK}
-        results = _step_joined(parts, arrays, joined.phases, **about, **first.static)
-        for leaf, (weight, _) in zip(joined.leaves, results, strict=True):
+        if kernel_of_many(first.kind.name, recipe.backend) is None:
+            parts = [Leaf(leaves[leaf.number], leaf.g, leaf.moments) for leaf in joined.leaves]
+            about = {"kinds": joined.kinds, "run": joined.run, "size": JOINED_CHUNK}
+            results = _step_joined(parts, arrays, joined.phases, **about, **first.static)
+        else:
+            weights = [
+                Weight(leaves[leaf.number], low and low.correction)
+                for leaf, low in zip(joined.leaves, own, strict=True)
+            ]
+            parts = [(w, x.g, x.moments) for w, x in zip(weights, joined.leaves, strict=True)]
+            phases = [x.phase for x in joined.leaves], [low and low.phase for low in own]
+            about = {"kind": first.kind, "rounding": _rounding(own[0])}
+            results = _step_in_one_kernel(parts, arrays, *phases, **about, **first.static)
+        for leaf, low, (weight, _) in zip(joined.leaves, own, results, strict=True):
             leaves[leaf.number] = weight.high
+            if low is not None:
+                lows[leaf.spec.path] = weight.low
         return [new for _, new in results]
 
     def apart(leaf: LeafStep) -> Any:
-        split = part.lows.get(leaf.spec.path) is not None
-        if part.layer is not None or split or is_placed(leaves[leaf.number]):
+        p, low = leaves[leaf.number], part.lows.get(leaf.spec.path)
+        kernel = kernel_of_many(leaf.kind.name, recipe.backend)
+        if part.layer is not None or is_placed(p) or (low is not None and kernel is None):
             return None
-        return rates[leaf.number].weight_decay is None
+        return rates[leaf.number].weight_decay is None, _rounding(low), jnp.result_type(p)
 
     new_state = step_leaves(recipe, grads, state, visit, visit_joined, part.kinds, apart)
     return treedef.unflatten(leaves), new_state, lows

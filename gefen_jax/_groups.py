@@ -14,6 +14,10 @@ from gefen_jax._types import Kind, Moments
 # Leaves of one loop at most: a turn's small copies, a few for each of them, take time, too.
 _JOINED_LEAVES = 64
 
+# And of one kernel, which takes four times as long to compile with twice as many. Layers have 2, 4,
+# 6, 8 or 12 small leaves; this many are those of whole layers, so that kernels are alike.
+_LEAVES_OF_A_KERNEL = 24
+
 
 class LeafStep(NamedTuple):
     """What there is to the step of one leaf."""
@@ -63,8 +67,10 @@ def groups(
         dtype = jnp.result_type(leaf.g)
         key = (run, type(leaf.kind), dtype, also) if alike else (0, leaf.number)
         found.setdefault(key, []).append(leaf)
+    kernels = leaves and has_kernels(leaves[0].static["backend"])
+    most = _LEAVES_OF_A_KERNEL if kernels else _JOINED_LEAVES
     return [
-        (key[0], group[i : i + _JOINED_LEAVES])
+        (key[0], group[i : i + most])
         for key, group in found.items()
-        for i in range(0, len(group), _JOINED_LEAVES)
+        for i in range(0, len(group), most)
     ]

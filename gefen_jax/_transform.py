@@ -17,6 +17,7 @@ from gefen_jax._backend import (
     JOINED_CHUNK,
     Leaf,
     check_backend,
+    has_kernels,
     in_joined_form,
     update_leaf,
 )
@@ -309,7 +310,10 @@ def scale_by_gefen(
                 leaves[leaf.number] = update
             return [new for _, new in results]
 
-        new_state = step_leaves(recipe, updates, state, visit, visit_joined)
+        def apart(leaf: LeafStep) -> Any:
+            return None if has_kernels(leaf.static["backend"]) else ()
+
+        new_state = step_leaves(recipe, updates, state, visit, visit_joined, apart=apart)
         return treedef.unflatten(leaves), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

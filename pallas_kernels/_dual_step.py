@@ -176,7 +176,7 @@ def dual_step_body(
 
     g = [load(g_ref, x, mask).astype(jnp.float32) for x in at]
     g = [x * scalars["gradient_factor"] for x in g]
-    codes = [load(old_refs.codes, x, mask).astype(jnp.int32) for x in at]
+    codes = [load(old_refs.mu, x, mask).astype(jnp.int32) for x in at]
     scale = program.load_of_blocks(old_refs.scale, places.block, places.block_mask)
     exponent = program.load_of_blocks(old_refs.nu, places.block, places.block_mask)
     exponent = exponent.astype(jnp.int32)
@@ -197,8 +197,8 @@ def dual_step_body(
     (nu_fraction, fraction1), (_, fraction2) = (dither(words, x, layout) for x in at)
     fractions = nu_fraction, fraction1, fraction2
     coded = _code(_Pairs(m1, m2, nu), fractions, tables, program)
-    program.store(new_refs.codes, at[0], (coded.h & 0xF0) | coded.k1, mask)
-    program.store(new_refs.codes, at[1], ((coded.h & 15) << 4) | coded.k2, mask)
+    program.store(new_refs.mu, at[0], (coded.h & 0xF0) | coded.k1, mask)
+    program.store(new_refs.mu, at[1], ((coded.h & 15) << 4) | coded.k2, mask)
     for ref, value in ((new_refs.scale, coded.scale), (new_refs.nu, coded.exponent)):
         program.store_of_blocks(ref, places.block, value, places.block_mask)
 

@@ -34,7 +34,7 @@ class MosaicProgram:
         tile = rows, self.items, columns = config.tile(layout)
         warpgroups = warpgroups_of(math.prod(tile))
         self._blocks = ops.Blocks(self.items, columns, warpgroups)
-        program = ops.program_id(interpret)
+        self.number = program = ops.program_id(interpret)
         across = jnp.int32(-(-layout.inner // columns))
         first_row = jax.lax.div(program, across) * rows
         first_column = jax.lax.rem(program, across) * columns

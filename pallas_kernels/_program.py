@@ -14,6 +14,7 @@ class Program(Protocol):
     in shapes that broadcast. Refs have one axis.
     """
 
+    number: Int[Array, ""]  # of this program among all
     row: Int[Array, "..."]
     item: Int[Array, "..."]
     column: Int[Array, "..."]

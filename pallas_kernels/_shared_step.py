@@ -164,7 +164,7 @@ def shared_step_body(
     nu = None
     if not layout.nu_per_element:
         nu = program.load_of_blocks(old_refs.nu, block, block_mask)
-    read = _reader(g_ref, old_refs.codes, encoder.codebook, scale, scalars, program, layout)
+    read = _reader(g_ref, old_refs.mu, encoder.codebook, scale, scalars, program, layout)
 
     first = read(0) if program.turns == 1 else None
     largest, squares = _largest_and_squares(read, first, program)
@@ -208,7 +208,7 @@ def _write(x: _Elements, stats: _Stats, encoder: Encoder, move: Move) -> None:
     """Codes the elements, and moves the weights."""
     program, scalars, old = move.program, move.scalars, move.old
     code = encode(x.m * stats.inverse_scale, encoder, program)
-    program.store(move.new.codes, x.at, code, x.mask)
+    program.store(move.new.mu, x.at, code, x.mask)
     inverse = stats.inverse_root
     if inverse is None:
         nu = _next_nu(program.load(old.nu, x.at, x.mask), x.g * x.g, scalars)

@@ -68,7 +68,7 @@ class Leaf(NamedTuple):
     """Refs of what a step reads, or of what it writes."""
 
     param: Any  # written without having been read, it is the update
-    codes: Any
+    mu: Any  # codes, or the numbers themselves
     scale: Any
     nu: Any  # of a dual code the exponent
     correction: Any = None  # of a split weight of more than 16 bits

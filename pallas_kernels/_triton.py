@@ -72,7 +72,8 @@ class TritonProgram:
     def __init__(self, layout: Layout, config: StepConfig, interpret: bool):
         # One axis of programs, whose number no limit of the hardware's other axes touches;
         # neighbours in memory are neighbours in time.
-        program, across = pl.program_id(0), jnp.int32(pl.cdiv(layout.inner, config.columns))
+        self.number = program = pl.program_id(0)
+        across = jnp.int32(pl.cdiv(layout.inner, config.columns))
         first_row = jax.lax.div(program, across) * config.rows
         first_column = jax.lax.rem(program, across) * config.columns
         shape = config.tile(layout)

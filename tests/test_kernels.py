@@ -297,12 +297,14 @@ def check_equal(case: Case, data: Data, plain: Result, kernel: DualStepResult) -
     assert np.all(near | ~same)
 
 
-def check_weight(case: Any, data: Data, plain: Result, kernel: Any, same: np.ndarray) -> None:
+def check_weight(
+    case: Any, data: Any, plain: Any, kernel: Any, same: Any, terms: Any = 0.0
+) -> None:
     """Split weights, where the codes are the same.
 
     Updates differ as those in float32 do. Then come three roundings of the change and one of the
     sum, in each program. An update may have been larger than what was moved, by what rounding
-    and the weight decay took.
+    and the weight decay took; and so may the terms of a change that is a sum.
     """
     before = np.asarray(merge(data.param, data.correction))
     assert (kernel.correction is None) == (plain.correction is None)
@@ -315,7 +317,7 @@ def check_weight(case: Any, data: Data, plain: Result, kernel: Any, same: np.nda
     step = np.where((case.bits == 32) & (np.abs(wanted) >= 2.0**-17), 0, step)
     decayed = LEARNING_RATE * WEIGHT_DECAY * np.abs(before)
     with np.errstate(invalid="ignore"):
-        change = np.abs(wanted - before) + step + 2 * decayed
+        change = np.abs(wanted - before) + step + 2 * decayed + terms
         bound = (TOLERANCE["float32"] + 6 * U) * change + 2 * U * np.abs(wanted)
         # What the plain form adds to the old weight cannot say all: see `with_split_weights`.
         small = np.abs(wanted) < 2.0 ** (info.nmant - 21) * np.abs(before)
@@ -623,7 +625,7 @@ class _Lookup:
 
     # And what a checker of types asks for.
     load = store = load_of_blocks = store_of_blocks = largest = total = gather = table = lookup
-    row = item = column = block_row = block_column = items = turns = padded = 0
+    number = row = item = column = block_row = block_column = items = turns = padded = 0
 
 
 def test_the_largest_keeps_its_sign():

@@ -6,6 +6,7 @@ from pallas_kernels._dual_step_config import dual_step_config as dual_step_confi
 from pallas_kernels._dual_step_launch import DualStepResult as DualStepResult
 from pallas_kernels._dual_step_launch import dual_step as dual_step
 from pallas_kernels._exact_step_config import ExactLayout as ExactLayout
+from pallas_kernels._exact_step_config import exact_step_config as exact_step_config
 from pallas_kernels._exact_step_launch import ExactLeaf as ExactLeaf
 from pallas_kernels._exact_step_launch import exact_steps as exact_steps
 from pallas_kernels._launch import SplitWeight as SplitWeight

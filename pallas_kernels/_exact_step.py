@@ -37,10 +37,10 @@ def exact_step_body(
     round them; the last of the leaves' is their position.
     """
     scalars_ref, leaf_ref, step_ref, *gradients = inputs
-    scalars = read_scalars(scalars_ref)
+    scalars, number = read_scalars(scalars_ref), len(layout.sizes)
     every = zip(gradients, _by_leaf(old, layout), _by_leaf(new, layout), strict=True)
     for i, (g_ref, old_refs, new_refs) in enumerate(every):
-        words = (leaf_ref[i], step_ref[0], leaf_ref[-1]) if form.stochastic else None
+        words = (leaf_ref[i], step_ref[0], leaf_ref[number]) if form.stochastic else None
         move = Move(old_refs, new_refs, scalars, words, program, layout, form)
         first, end = layout.programs[i : i + 2]
         ours = (program.number >= first) & (program.number < end)

@@ -30,12 +30,16 @@ from rich.table import Table
 
 from pallas_kernels import (
     DualLayout,
+    ExactLayout,
+    ExactLeaf,
     SharedLayout,
     SharedTables,
     SplitWeight,
     StepScalars,
     dual_step,
     dual_step_config,
+    exact_step_config,
+    exact_steps,
     shared_step,
     shared_step_config,
 )
@@ -44,11 +48,13 @@ TARGETS = Path(__file__).parent / "targets"
 PERIODS = {
     "dual": (96, 256, 320, 768, 1000, 1024, 4096, 8192),
     "shared": (9, 96, 257, 768, 1000, 1024, 4096, 16384),
+    "exact": (7, 768, 4096),  # the size of the first leaf; there are others
 }
-DEFAULT = {"dual": 256, "shared": 768}  # the period of the forms that have one only
+DEFAULT = {"dual": 256, "shared": 768, "exact": 768}  # of the forms that have one period only
+LEAVES = 8  # of the exact step
 INNERS = (1, 768)
 SIZE = 1 << 24  # of a leaf, about
-KERNEL = "(?:dual|shared)_step"
+KERNEL = "(?:dual|shared|exact)_step"
 LOOKUP_BINS = 8192
 CORRECTIONS = {None: None, 16: None, 24: "int8", 32: "int16"}
 
@@ -56,7 +62,7 @@ CORRECTIONS = {None: None, 16: None, 24: "int8", 32: "int16"}
 class Build(NamedTuple):
     """One kernel to compile."""
 
-    step: str  # "dual" or "shared"
+    step: str  # "dual", "shared" or "exact"
     period: int
     inner: int
     gradient: str
@@ -66,10 +72,13 @@ class Build(NamedTuple):
     exact_lookup: bool = True  # of shared blocks; or else the codebook is halved
 
     size: int = SIZE  # of a leaf, about
+    leaves: int = 1
 
     @property
     def layout(self) -> Any:
-        """Blocks of one stretch."""
+        """Blocks of one stretch; of exact leaves some that are once or twice as large."""
+        if self.step == "exact":
+            return ExactLayout(tuple(self.period * (1 + i % 3) for i in range(self.leaves)))
         blocks = max(1, self.size // (self.period * self.inner))
         if self.step == "shared":
             return SharedLayout(blocks, self.period, self.inner)
@@ -78,6 +87,8 @@ class Build(NamedTuple):
     @property
     def config(self) -> Any:
         """How programs are cut."""
+        if self.step == "exact":
+            return exact_step_config()
         make: Any = {"dual": dual_step_config, "shared": shared_step_config}[self.step]
         return make(self.layout)
 
@@ -127,13 +138,22 @@ def builds(gpu: Gpu) -> list[Build]:
     every = []
     for step, periods in PERIODS.items():
         layouts, usual = [(step, p, i) for i in INNERS for p in periods], (step, DEFAULT[step], 1)
-        every += [Build(*x, "float32", fused) for x in layouts for fused in (False, True)]
+        forms = (False, True)
+        if step == "exact":
+            layouts, forms = layouts[: len(periods)], (True,)
+        every += [Build(*x, "float32", fused) for x in layouts for fused in forms]
         every += [Build(*usual, dtype, True) for dtype in ("bfloat16", "float16")]
         every += [Build(*x, "bfloat16", True, 24) for x in layouts]
         every += [Build(*usual, "bfloat16", True, bits) for bits in (16, 32)]
         every += [Build(*usual, "float16", True, bits) for bits in (16, 24, 32)]
     every.append(Build("shared", DEFAULT["shared"], 1, "float32", True, exact_lookup=False))
-    return [build._replace(backend=backend) for backend in gpu.backends for build in every]
+    every = [x._replace(leaves=LEAVES if x.step == "exact" else 1) for x in every]
+    return [
+        build._replace(backend=backend)
+        for backend in gpu.backends
+        for build in every
+        if build.step != "exact" or backend != "jax_triton"
+    ]
 
 
 def arguments(build: Build, device: Any) -> tuple[Any, Any]:
@@ -143,20 +163,24 @@ def arguments(build: Build, device: Any) -> tuple[Any, Any]:
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
         return None if dtype is None else jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    shape = (layout.blocks, layout.period, layout.inner)
-    nu = {"dual": "uint8", "shared": "float32"}[build.step]
-    state = (array(shape, "uint8"), array(shape[::2], "float32"), array(shape[::2], nu))
-    dtype = None if not build.fused else "float32" if build.bits is None else build.gradient
-    param, correction = array(shape, dtype), array(shape, CORRECTIONS[build.bits])
-    codebook, bins = array(({"dual": 16, "shared": 256}[build.step],), "float32"), (LOOKUP_BINS,)
-    lookup = (array(bins, "uint8"), array(bins, "float32")) if build.exact_lookup else ()
     rest: dict[str, Any] = {
         "scalars": StepScalars(*(array((), "float32") for _ in StepScalars._fields)),
-        "phase": array((2,), "uint32"),
-        "tables": SharedTables(codebook, *lookup),
     }
     if build.fused:
         rest |= {name: array((), "float32") for name in ("learning_rate", "weight_decay")}
+    dtype = None if not build.fused else "float32" if build.bits is None else build.gradient
+    if build.step == "exact":
+        dtypes = dtype, "float32", "float32", CORRECTIONS[build.bits]
+        rest["phase"] = [array((2,), "uint32") for _ in layout.sizes]
+        leaves = [[array((size,), x) for x in dtypes] for size in layout.sizes]
+        return leaves, ([array((size,), build.gradient) for size in layout.sizes], rest)
+    shape = (layout.blocks, layout.period, layout.inner)
+    nu = {"dual": "uint8", "shared": "float32"}[build.step]
+    state = (array(shape, "uint8"), array(shape[::2], "float32"), array(shape[::2], nu))
+    param, correction = array(shape, dtype), array(shape, CORRECTIONS[build.bits])
+    codebook, bins = array(({"dual": 16, "shared": 256}[build.step],), "float32"), (LOOKUP_BINS,)
+    lookup = (array(bins, "uint8"), array(bins, "float32")) if build.exact_lookup else ()
+    rest |= {"phase": array((2,), "uint32"), "tables": SharedTables(codebook, *lookup)}
     return (state, param, correction), (array(shape, build.gradient), rest)
 
 
@@ -164,6 +188,8 @@ def step_of(build: Build, interpret: bool = False) -> Any:
     """A step of what it may overwrite and the rest."""
 
     def step(donated: Any, others: Any) -> Any:
+        if build.step == "exact":
+            return _exact_steps(build, donated, *others, interpret)
         (state, param, correction), (g, rest) = donated, others
         # Of 32 bits nothing is rounded.
         phase = None if build.bits == 32 else rest["phase"]
@@ -176,6 +202,17 @@ def step_of(build: Build, interpret: bool = False) -> Any:
         return shared_step(g, *state, **how, **{k: x for k, x in rest.items() if k != "phase"})
 
     return step
+
+
+def _exact_steps(build: Build, leaves: Any, gradients: Any, rest: Any, interpret: bool) -> Any:
+    """In the order in which they were given: XLA pairs buffers of one shape in that order."""
+    rest, before = dict(rest), []
+    for (*leaf, low), phase in zip(leaves, rest.pop("phase"), strict=True):
+        split = SplitWeight(low, None if build.bits == 32 else phase)
+        before.append(ExactLeaf(*leaf, None if build.bits is None else split))
+    how: dict[str, Any] = {"backend": build.backend, "interpret": interpret}
+    after = exact_steps(gradients, before, **how, **rest)
+    return [(*x[:3], x.split and x.split.correction) for x in after]
 
 
 def compiled(build: Build, gpu: Gpu, device: Any) -> Any:

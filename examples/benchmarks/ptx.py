@@ -109,6 +109,7 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "abs": lambda i, x: np.abs(x),
     "not": lambda i, x: ~x,
     "rcp": lambda i, x: _approximate(lambda x: 1 / x)(x),
+    "div": lambda i, x, y: _approximate(np.divide)(x, y),
     "sqrt": lambda i, x: _approximate(np.sqrt)(x),
     "rsqrt": lambda i, x: _approximate(lambda x: 1 / np.sqrt(x))(x),
     "add": lambda i, x, y: x + y,

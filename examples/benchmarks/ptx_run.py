@@ -12,6 +12,7 @@ import argparse
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ BUILDS = [
     *(Build("dual", p, 5, "float32", p % 4 == 0, **_SMALL) for p in (6, 96)),
     *(Build("dual", 256, 1, "bfloat16", True, bits, **_SMALL) for bits in (16, 24, 32)),
     Build("dual", 96, 5, "float16", True, 24, **_SMALL),
+    *(Build("exact", p, 1, "float32", True, leaves=3, **_SMALL) for p in (7, 600)),
+    Build("exact", 1025, 1, "float16", True, leaves=1, **_SMALL),
+    *(Build("exact", 600, 1, "bfloat16", True, bits, leaves=3, **_SMALL) for bits in (16, 24, 32)),
+    Build("exact", 600, 1, "float16", True, 24, leaves=3, **_SMALL),
 ]
 # A kernel's parameters are what it reads or writes, in the order in which it first does.
 _TABLES = ("count_below", "next_threshold")
@@ -71,6 +76,19 @@ INPUTS = {
 WRITTEN = ("param", "codes", "scale", "nu", "correction")
 
 
+def names_of(build: Build) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+    """The kernel's parameters in that order, its inputs, and what it writes; some may be missing.
+
+    Of exact leaves every one has its own.
+    """
+    if build.step != "exact":
+        return ORDER[build.step], INPUTS[build.step], WRITTEN
+    shared, numbers = ("scalars", "leaf", "step"), range(build.leaves)
+    order = [f"{name} {i}" for i in numbers for name in ("g", "mu", "nu", "param", "correction")]
+    written = [f"{name} {i}" for name in ("param", "mu", "nu", "correction") for i in numbers]
+    return (*shared, *order), (*shared, *(f"g {i}" for i in numbers)), written
+
+
 def numbers(build: Build, device: Any) -> tuple[Any, Any]:
     """What a step takes: any state, and gradients of its size."""
     rng = np.random.default_rng(0)
@@ -81,15 +99,20 @@ def numbers(build: Build, device: Any) -> tuple[Any, Any]:
         ends = jnp.iinfo(x.dtype)
         return jnp.asarray(rng.integers(ends.min, ends.max, x.shape, x.dtype, endpoint=True))
 
-    (state, *weight), (g, rest) = jax.tree.map(like, gpu_compile.arguments(build, device))
-    codes, scale, nu = state
-    # An exponent of about 1; a second moment of about 1.
-    nu = nu % 8 + 124 if build.step == "dual" else jnp.abs(nu)
+    donated, (g, rest) = jax.tree.map(like, gpu_compile.arguments(build, device))
     b1, b2, t = 0.9, 0.999, 3
     decay = (b1, b2, 1 - b1, 1 - b2, 1e-8, 0.0, 1 - b1**t, 1 - b1 ** (t + 1), 1 - b2**t)
+    rest |= {"scalars": StepScalars(*decay)}
+    if build.step == "exact":
+        # One word of the phases is the step's.
+        rest["phase"] = [x.at[1].set(rest["phase"][0][1]) for x in rest["phase"]]
+        return [[param, mu, jnp.abs(nu), low] for param, mu, nu, low in donated], (g, rest)
+    ((codes, scale, nu), *weight) = donated
+    # An exponent of about 1; a second moment of about 1.
+    nu = nu % 8 + 124 if build.step == "dual" else jnp.abs(nu)
     codebook = jnp.asarray(builtin_codebook(16 if build.step == "dual" else 256), jnp.float32)
     lookup = make_encoder(codebook)[1:] if build.step == "shared" and build.exact_lookup else ()
-    rest |= {"scalars": StepScalars(*decay), "tables": SharedTables(codebook, *lookup)}
+    rest |= {"tables": SharedTables(codebook, *lookup)}
     return ((codes, jnp.abs(scale), nu), *weight), (g, rest)
 
 
@@ -111,18 +134,18 @@ def call_of(build: Build, args: Any) -> Any:
 
 def run_ptx(build: Build, text: str, args: Any, seed: int) -> list[np.ndarray]:
     """What the kernel writes."""
-    call = call_of(build, args)
+    call, (order, inputs, written) = call_of(build, args), names_of(build)
     out = [jnp.zeros(x.shape, x.dtype) for x in call.out]
-    given = zip(INPUTS[build.step], call.inputs, strict=False)
-    written = list(zip(WRITTEN, [*out, *call.written], strict=False))
-    arrays = {name: np.array(x) for name, x in (*given, *written)}
-    if build.step == "shared" and not call.form.stochastic:
+    given = zip(inputs, call.inputs, strict=False)
+    new = list(zip(written, [*out, *call.written], strict=False))
+    arrays = {name: np.array(x) for name, x in (*given, *new)}
+    if build.step != "dual" and not call.form.stochastic:
         del arrays["leaf"], arrays["step"]
     config = _mosaic.of_warpgroups(call.config, call.layout)
     threads = 128 * _mosaic.warpgroups_of(math.prod(config.tile(call.layout)))
-    order = [arrays[name] for name in ORDER[build.step] if name in arrays]
-    run(text, order, config.programs(call.layout), threads, seed)
-    return [arrays[name] for name, _ in written]
+    in_order = [arrays[name] for name in order if name in arrays]
+    run(text, in_order, config.programs(call.layout), threads, seed)
+    return [arrays[name] for name, _ in new]
 
 
 def measure(build: Build, gpu: Gpu, device: Any, dump: Path, seed: int) -> dict[str, Any]:
@@ -137,7 +160,10 @@ def measure(build: Build, gpu: Gpu, device: Any, dump: Path, seed: int) -> dict[
     seconds = time.process_time() - started
     step = jax.jit(gpu_compile.step_of(build, interpret=True))
     row = {name: x for name, x in build._asdict().items() if name != "backend"}
-    for name, ours, wanted in zip(WRITTEN, found, step(*args), strict=False):
+    results = step(*args)
+    if build.step == "exact":
+        results = [x for field in zip(*results, strict=True) for x in field]
+    for name, ours, wanted in zip(names_of(build)[2], found, results, strict=False):
         wanted = np.asarray(wanted).reshape(-1)
         if wanted.dtype.kind in "iu":
             row[f"{name} that differ"] = int(np.count_nonzero(ours != wanted))

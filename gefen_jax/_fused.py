@@ -99,7 +99,8 @@ def fused_gefen(
       backend: None for the implementation that is known to be best on the device at hand, "xla", or
         "mosaic", "triton" or "jax_triton" for the kernels of `pallas_kernels` in these languages
         (on NVIDIA GPUs; not measured on one yet, so None never takes them). A backend by name is
-        obeyed: a `WideDualCode` has no kernel and raises. Exact leaves are small, and stay plain.
+        obeyed: a `WideDualCode` has no kernel and raises. With the first two, small exact leaves
+        share kernels; else these stay plain.
       max_norm: The largest global norm of the gradients, >= 0; None to leave them as they are.
 
     Returns:

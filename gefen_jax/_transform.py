@@ -231,7 +231,7 @@ def scale_by_gefen(
       backend: None for the implementation that is known to be best on the device at hand, "xla", or
         "mosaic", "triton" or "jax_triton" for the kernels of `pallas_kernels` in these languages
         (on NVIDIA GPUs; not measured on one yet, so None never takes them). A backend by name is
-        obeyed: a `WideDualCode` has no kernel and raises. Exact leaves are small, and stay plain.
+        obeyed: a `WideDualCode` has no kernel and raises. Exact leaves stay plain.
 
     Returns:
       A `optax.GradientTransformationExtraArgs` whose state is a `ScaleByGefenState`: about 1 byte

@@ -123,11 +123,11 @@ def in_best_form(
     """``advance(g, state, block, step)`` in the form that is best on the device at hand.
 
     A large leaf is worked through in pieces: on a CPU in such that fit in its cache, on a GPU in
-    large ones, so that temporaries are those of a piece, and by ``on_gpu`` if that is given. So is
-    what a device of a mesh has of it, in `Shards.map` or in anybody's `shard_map`. Outside of these
-    a mesh gets the whole-leaf form, as a loop over slices of a sharded axis would gather the leaf;
-    so do TPUs, where neither was measured. Of ``g`` and ``state``, ``results`` makes a tree of
-    arrays with the shapes and dtypes of what comes out.
+    much larger ones, so that temporaries are those of a piece, and by ``on_gpu`` if that is given.
+    So is what a device of a mesh has of it, in `Shards.map` or in anybody's `shard_map`. Outside of
+    these a mesh gets the whole-leaf form, as a loop over slices of a sharded axis would gather the
+    leaf; so do TPUs, where neither was measured. Of ``g`` and ``state``, ``results`` makes a tree
+    of arrays with the shapes and dtypes of what comes out.
     """
 
     # Forms take arrays, and hold none: JAX keeps them for as long as the program.
@@ -144,9 +144,15 @@ def in_best_form(
         whole, args = form(advance, None), (g, state, *arrays)
         if g.size <= CHUNK or any(map(_on_a_mesh, jax.tree.leaves((g, state)))):
             return whole(*args)
-        # At least two pieces: kernels of several leaves may run in any order, which keeps the
-        # temporaries of all of them; loops run one after the other.
+
+        def at_once(*args: Any) -> Any:
+            # Or what follows would be computed from parts of the state, which XLA keeps of all
+            # leaves, to do that last.
+            return jax.lax.optimization_barrier(whole(*args))
+
         large = form(on_gpu or advance, Chunk(min(GPU_CHUNK, g.size // 2)))
+        if on_gpu is None and g.size <= GPU_CHUNK:  # half as many kernels as in two pieces
+            large = at_once
         small = form(advance, Chunk(CHUNK, narrow_in_place=False))
         forms = dict.fromkeys(_GPUS, large) | {"cpu": small}
         return by_platform(results(g, state), *args, **forms, default=whole)

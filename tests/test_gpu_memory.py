@@ -75,8 +75,9 @@ def test_a_loop_without_a_known_number_of_turns_is_an_error():
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Of 8 rows of 512 on a CPU; compiled leaves know the last size."""
+    """Of 8 rows of 512 on a CPU, of 16 on a GPU; compiled leaves know the last size."""
     monkeypatch.setattr(_backend, "CHUNK", 8 * 512)
+    monkeypatch.setattr(_backend, "GPU_CHUNK", 16 * 512)
     _update_leaf.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
     yield
     _update_leaf.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
@@ -91,20 +92,23 @@ def _lowered(platform: str, rows: int) -> str:
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-# Platform and rows; how many loops, and barriers: one in a loop, one before the step of a leaf. The
-# latter is for GPUs, but everywhere: under `shard_map` a branch of theirs has a type of its own.
+# Platform and rows, of which 8 are no more than a piece of a CPU's, and 16 one of a GPU's; how many
+# loops, and barriers: one in a loop or behind a leaf that a GPU steps at once, one before the step
+# of a leaf. The latter is for GPUs, but everywhere: under `shard_map` a branch of theirs has a type
+# of its own.
 _FORMS = [
     ("cpu", 16, 1, 2),
     ("cuda", 8, 0, 1),
-    ("cuda", 16, 1, 2),
-    ("rocm", 16, 1, 2),
-    ("tpu", 16, 0, 1),
+    ("cuda", 16, 0, 2),
+    ("cuda", 32, 1, 2),
+    ("rocm", 32, 1, 2),
+    ("tpu", 32, 0, 1),
 ]
 
 
 @pytest.mark.parametrize("platform, rows, loops, barriers", _FORMS)
 def test_large_leaves_are_loops_and_leaves_apart(platform, rows, loops, barriers, small_pieces):
-    """For GPUs, where temporaries would add up over leaves."""
+    """For GPUs, where temporaries would add up over leaves: each ends before the next begins."""
     text = _lowered(platform, rows)
     assert text.count("stablehlo.while") == loops
     assert text.count("stablehlo.optimization_barrier") == barriers

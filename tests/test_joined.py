@@ -202,11 +202,15 @@ def test_the_number_of_kernels_does_not_grow_with_that_of_layers(make, turns):
     assert kernels[4] == kernels[8]
 
 
-@pytest.mark.parametrize("platform, loops", [("cpu", 1), ("cuda", 6), ("tpu", 0)])
-def test_only_a_cpu_joins(platform, loops, turns, monkeypatch):
-    """Elsewhere every leaf has its own form."""
+@pytest.mark.parametrize(
+    "platform, chunk, loops",
+    [("cpu", 1 << 10, 1), ("cuda", 1 << 10, 6), ("cuda", 1 << 20, 0), ("tpu", 1 << 10, 0)],
+)
+def test_only_a_cpu_joins(platform, chunk, loops, turns, monkeypatch):
+    """Elsewhere every leaf has its own form; for a GPU a loop, if it is larger than a piece."""
     turns(1 << 10)
     monkeypatch.setattr(_backend, "CHUNK", 1 << 10)
+    monkeypatch.setattr(_backend, "GPU_CHUNK", chunk)
     _transform._update_leaf.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
     text = _lowered(2, gx.gefen).lower(lowering_platforms=(platform,)).as_text()
     _transform._update_leaf.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)

@@ -169,12 +169,13 @@ def has_kernels(backend: str | None) -> bool:
 def joined_run(kind: Kind, g: ArrayLike, moments: Moments, backend: str | None) -> int | None:
     """The run of a leaf's blocks, if leaves of equal runs can be stepped together, else None.
 
-    With kernels that is 1, of small leaves without blocks.
+    With kernels that is 1, of small leaves without blocks. Inside of a `shard_map` JAX wants to
+    know of a kernel over which axes its results vary: there they stay plain.
     """
     if any(map(is_placed, jax.tree.leaves((g, moments)))):
         return None
     if has_kernels(backend):
-        small = 0 < jnp.size(g) <= _SMALL
+        small = 0 < jnp.size(g) <= _SMALL and not jax.typeof(g).sharding.mesh.manual_axes
         return 1 if small and kernel_of_many(kind.name, backend) is not None else None
     return kind.run(jnp.shape(g)) if isinstance(kind, JoinedKind) else None
 

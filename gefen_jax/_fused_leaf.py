@@ -201,9 +201,10 @@ def step_part(
     def apart(leaf: LeafStep) -> Any:
         p, low = leaves[leaf.number], part.lows.get(leaf.spec.path)
         kernel = kernel_of_many(leaf.kind.name, recipe.backend)
-        if part.layer is not None or is_placed(p) or (low is not None and kernel is None):
+        fits = low is None if kernel is None else kernel.fits(p, leaf.g)
+        if part.layer is not None or is_placed(p) or not fits:
             return None
-        return rates[leaf.number].weight_decay is None, _rounding(low), jnp.result_type(p)
+        return rates[leaf.number].weight_decay is None, _rounding(low)
 
     new_state = step_leaves(recipe, grads, state, visit, visit_joined, part.kinds, apart)
     return treedef.unflatten(leaves), new_state, lows

@@ -14,8 +14,8 @@ from gefen_jax._types import Kind, Moments
 # Leaves of one loop at most: a turn's small copies, a few for each of them, take time, too.
 _JOINED_LEAVES = 64
 
-# And of one kernel, which takes four times as long to compile with twice as many. Layers have 2, 4,
-# 6, 8 or 12 small leaves; this many are those of whole layers, so that kernels are alike.
+# And of one kernel, which takes two to three times as long to compile with twice as many. Layers
+# have 2, 4, 6, 8 or 12 small leaves; so many are those of whole layers, and kernels are alike.
 _LEAVES_OF_A_KERNEL = 24
 
 

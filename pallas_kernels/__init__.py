@@ -9,6 +9,7 @@ from pallas_kernels._exact_step_config import ExactLayout as ExactLayout
 from pallas_kernels._exact_step_config import exact_step_config as exact_step_config
 from pallas_kernels._exact_step_launch import ExactLeaf as ExactLeaf
 from pallas_kernels._exact_step_launch import exact_steps as exact_steps
+from pallas_kernels._launch import FLOATS as FLOATS
 from pallas_kernels._launch import SplitWeight as SplitWeight
 from pallas_kernels._launch import StepScalars as StepScalars
 from pallas_kernels._shared_step_config import SharedLayout as SharedLayout

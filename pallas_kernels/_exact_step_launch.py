@@ -66,11 +66,14 @@ def exact_steps(
 
     Raises:
       TypeError: for other dtypes than these.
-      ValueError: for a leaf whose arrays have several shapes, and for weights that are split, but
-        not alike.
+      ValueError: for no leaves or one without elements, for a leaf whose arrays have several
+        shapes, and for weights that are split, but not alike.
       NotImplementedError: for more elements than a kernel counts, and where the backend is not
         installed.
     """
+    if not leaves or not all(g.size for g in gradients):
+        shapes = [g.shape for g in gradients]
+        raise ValueError(f"`leaves` must be at least one, and none of them empty, got {shapes}")
     layout = ExactLayout(tuple(g.size for g in gradients))
     weights = [Weights(leaf.param, leaf.split) for leaf in leaves]
     for g, leaf, weight in zip(gradients, leaves, weights, strict=True):

@@ -47,14 +47,18 @@ _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_le
 _U = 2.0**-24
 _RATE = 1e-2
 
-# Leaves that kernels take, along a row and along columns; and one that is left to the plain step.
+# Leaves that kernels take, along a row and along columns; and exact ones, of which updates are
+# plain.
 _KINDS: dict[str, tuple[tuple[int, ...], Any]] = {
     "rows": ((6, 64), gx.DualCode((1, 64))),
     "columns": ((32, 5), gx.DualCode((32, 1))),
     "shared": ((6, 40), gx.SharedBlocks((1, 40))),
     "a shorter last run": ((7, 5), gx.SharedBlocks((4, 1))),  # two leaves for a kernel
     "flat": ((6, 10), gx.FlatPeriods(1, 15)),
+    # Of a fused step one kernel takes these.
     "bias": ((7,), gx.Exact()),
+    "other bias": ((33,), gx.Exact()),
+    "third bias": ((2, 5), gx.Exact()),
 }
 _LAUNCHES = 6  # of them
 _PLAN = gx.Plan(

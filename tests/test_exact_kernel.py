@@ -21,6 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from test_kernels import (
     BY_SEVERAL,
     CORRECTIONS,
@@ -432,13 +434,35 @@ def test_an_ensemble_by_vmap(backend):
 
 @with_every_kernel
 def test_derivatives_are_refused(backend):
-    params, fused = _tree(0), gx.fused_gefen(1e-2, backend=backend)
+    """With respect to gradients, and to the learning rate."""
+    params = _tree(0)
 
-    def loss(grads: Any) -> Any:
+    def loss(grads: Any, learning_rate: Any) -> Any:
+        fused = gx.fused_gefen(learning_rate, backend=backend)
         return jnp.sum(fused.step(grads, fused.init(params), params)[0]["b0"])
 
-    with pytest.raises(NotImplementedError, match="a kernel has no derivative: use `backend` None"):
-        jax.eval_shape(jax.grad(loss), params)
+    for argument in (0, 1):
+        with pytest.raises(NotImplementedError, match="a kernel has no derivative: use `backend`"):
+            jax.eval_shape(jax.grad(loss, argnums=argument), params, jnp.float32(1e-2))
+
+
+@with_every_kernel
+def test_what_the_kernel_cannot_take_stays_plain(backend):
+    """Leaves in a `shard_map`, or of a dtype that it does not know."""
+    fused, params = gx.fused_gefen(1e-2, backend=backend), _tree(0)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def step(params: Any) -> Any:
+        return fused.step(params, fused.init(params), params)[0]
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P())
+    narrow = jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn), params)
+    assert "_step_in_one_kernel" in str(jax.make_jaxpr(step)(params))
+    for function, args in ((mapped, params), (step, narrow)):
+        assert "_step_in_one_kernel" not in str(jax.make_jaxpr(function)(args))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        assert "_step_in_one_kernel" not in str(jax.make_jaxpr(step)(wide))
 
 
 def test_wrong_arguments_are_named():
@@ -458,8 +482,11 @@ def test_wrong_arguments_are_named():
     narrow = [x._replace(param=x.param.astype(jnp.bfloat16)) for x in leaves]
     parts = [ExactLeaf(x.param, x.moments.mu, x.moments.nu) for x in narrow]
     parts[1] = parts[1]._replace(split=SplitWeight(None, None))
+    how: dict[str, Any] = {"scalars": StepScalars(*decay), "interpret": True}
     with pytest.raises(ValueError, match="`leaves` must be split alike, all or none of them; got"):
-        exact_steps([x.g for x in leaves], parts, scalars=StepScalars(*decay), interpret=True)
+        exact_steps([x.g for x in leaves], parts, **how)
+    with pytest.raises(ValueError, match="`leaves` must be at least one, and none of them empty"):
+        exact_steps([], [], **how)
 
 
 @given(st.lists(st.integers(1, 10**5), min_size=1, max_size=40))

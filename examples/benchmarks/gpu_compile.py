@@ -190,7 +190,7 @@ def step_of(build: Build, interpret: bool = False) -> Any:
 
     def step(donated: Any, others: Any) -> Any:
         if build.step == "exact":
-            return _exact_steps(build, donated, *others, interpret)
+            return _exact_steps(build, donated, others[0], others[1], interpret)
         (state, param, correction), (g, rest) = donated, others
         # Of 32 bits nothing is rounded.
         phase = None if build.bits == 32 else rest["phase"]
@@ -208,9 +208,9 @@ def step_of(build: Build, interpret: bool = False) -> Any:
 def _exact_steps(build: Build, leaves: Any, gradients: Any, rest: Any, interpret: bool) -> Any:
     """In the order in which they were given: XLA pairs buffers of one shape in that order."""
     rest, before = dict(rest), []
-    for (*leaf, low), phase in zip(leaves, rest.pop("phase"), strict=True):
+    for (param, mu, nu, low), phase in zip(leaves, rest.pop("phase"), strict=True):
         split = SplitWeight(low, None if build.bits == 32 else phase)
-        before.append(ExactLeaf(*leaf, None if build.bits is None else split))
+        before.append(ExactLeaf(param, mu, nu, None if build.bits is None else split))
     how: dict[str, Any] = {"backend": build.backend, "interpret": interpret}
     after = exact_steps(gradients, before, **how, **rest)
     return [(*x[:3], x.split and x.split.correction) for x in after]

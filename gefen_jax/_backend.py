@@ -118,6 +118,7 @@ def in_best_form(
     step: Step,
     *,
     on_gpu: Advance | None = None,
+    at_once: bool = False,
     results: Callable[[Array, Any], Any] = lambda g, state: state,
 ) -> Any:
     """``advance(g, state, block, step)`` in the form that is best on the device at hand.
@@ -126,8 +127,10 @@ def in_best_form(
     much larger ones, so that temporaries are those of a piece, and by ``on_gpu`` if that is given.
     So is what a device of a mesh has of it, in `Shards.map` or in anybody's `shard_map`. Outside of
     these a mesh gets the whole-leaf form, as a loop over slices of a sharded axis would gather the
-    leaf; so do TPUs, where neither was measured. Of ``g`` and ``state``, ``results`` makes a tree
-    of arrays with the shapes and dtypes of what comes out.
+    leaf; so do TPUs, where neither was measured. With ``at_once``, a GPU gets it, too, for leaves
+    that are no larger than a piece: half as many kernels as in two pieces, but if the new state is
+    not written in place, which loops always do, XLA keeps that of all leaves. Of ``g`` and
+    ``state``, ``results`` makes a tree of arrays with the shapes and dtypes of what comes out.
     """
 
     # Forms take arrays, and hold none: JAX keeps them for as long as the program.
@@ -145,14 +148,16 @@ def in_best_form(
         if g.size <= CHUNK or any(map(_on_a_mesh, jax.tree.leaves((g, state)))):
             return whole(*args)
 
-        def at_once(*args: Any) -> Any:
-            # Or what follows would be computed from parts of the state, which XLA keeps of all
-            # leaves, to do that last.
+        def apart_from_what_follows(*args: Any) -> Any:
+            # Which would be computed from parts of the state that XLA keeps of all leaves, to do it
+            # last.
             return jax.lax.optimization_barrier(whole(*args))
 
+        # At least two pieces: kernels of several leaves may run in any order, which keeps the
+        # temporaries of all of them; loops run one after the other.
         large = form(on_gpu or advance, Chunk(min(GPU_CHUNK, g.size // 2)))
-        if on_gpu is None and g.size <= GPU_CHUNK:  # half as many kernels as in two pieces
-            large = at_once
+        if at_once and g.size <= GPU_CHUNK:
+            large = apart_from_what_follows
         small = form(advance, Chunk(CHUNK, narrow_in_place=False))
         forms = dict.fromkeys(_GPUS, large) | {"cpu": small}
         return by_platform(results(g, state), *args, **forms, default=whole)

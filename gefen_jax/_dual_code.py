@@ -83,7 +83,7 @@ class DualCode:
         """One step; see `gefen_jax._dual_step` for the equations."""
         if (kernel := kernel_of(self.name, g, step.backend)) is not None:
             return kernel.update(g, moments, self.block, step)
-        new = in_best_form(self.advance, g, moments, self.block, step)
+        new = in_best_form(self.advance, g, moments, self.block, step, at_once=True)
         return self.direction(g, new, step), new
 
     def fused(
@@ -93,7 +93,7 @@ class DualCode:
         if (kernel := kernel_of(self.name, g, step.backend)) is not None:
             return kernel.fused(weight, g, moments, self.block, step, move)
         fused = functools.partial(fused_dual, packing=self._packing, move=move)
-        return in_best_form(fused, g, (weight, moments), self.block, step)
+        return in_best_form(fused, g, (weight, moments), self.block, step, at_once=True)
 
     def run(self, shape: Shape) -> int | None:
         """The block's length; None where its pairs, or its elements, are not one run's."""

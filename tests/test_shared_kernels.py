@@ -434,7 +434,7 @@ class _Gather:
 
     # And what a checker of types asks for.
     load = store = load_of_blocks = store_of_blocks = largest = total = table = lookup = gather
-    row = item = column = block_row = block_column = items = turns = padded = 0
+    number = row = item = column = block_row = block_column = items = turns = padded = 0
 
 
 @pytest.mark.parametrize("exact_lookup", [True, False])

@@ -9,10 +9,12 @@ from pallas_kernels._layout import MAX_WARPS, WARP, InAnother, StepConfig, next_
 _PAIRS_PER_THREAD = 4
 # Of a program. Blocks of 256 are 128 pairs, a warp each: their maxima need no shared memory.
 _TARGET_PAIRS = 512
-# Of an inner axis: 8 float32 are a sector of memory. With 16, programs of blocks of 256 have 16
-# warps, which ptxas holds to 64 registers, and one or two are spilled.
+# Larger programs have as many threads as there can be, with fewer pairs each. A multiprocessor has
+# 64 registers for every one of 1,024 threads: with four pairs some were spilled, of two programs.
+_FEW_PAIRS = 1024
+# Of an inner axis: 8 float32 are a sector of memory.
 _COLUMNS = 8
-_MAX_PAIRS = 2048  # of a program; longer blocks get fewer columns, the longest more warps than 16
+_MAX_PAIRS = 2048  # of a program; longer blocks get fewer columns
 MAX_PERIOD = 2 * _PAIRS_PER_THREAD * WARP * MAX_WARPS
 
 
@@ -60,5 +62,6 @@ def dual_step_config(layout: DualLayout) -> DualStepConfig:
     most = max(1, _MAX_PAIRS // pairs)
     columns = min(next_power_of_two(layout.inner), _COLUMNS, most)
     rows = min(next_power_of_two(layout.blocks), max(1, _TARGET_PAIRS // (pairs * columns)))
-    warps = rows * columns * pairs // (_PAIRS_PER_THREAD * WARP)
-    return DualStepConfig(rows, columns, min(max(warps, 1), MAX_WARPS))
+    in_all = rows * columns * pairs
+    warps = in_all // (_PAIRS_PER_THREAD * WARP) if in_all <= _FEW_PAIRS else MAX_WARPS
+    return DualStepConfig(rows, columns, max(warps, 1))

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array
 
 from pallas_kernels._dual_step_config import DualLayout
+from pallas_kernels._layout import MAX_WARPS
 from pallas_kernels._one_after_another import OLDEST_JAX, one_after_another
 from pallas_kernels._step import Call
 
@@ -46,6 +47,10 @@ def launch(call: Call) -> Sequence[Array]:
     import jax_triton  # pyright: ignore[reportMissingImports]
 
     kernel, static = _kernel_of(call)
+    warps, registers = config.num_warps, _REGISTERS if config.num_warps > 8 else None
+    if isinstance(layout, DualLayout) and form.bits is not None and warps == MAX_WARPS:
+        # A thread of these takes more registers than there are for each of so many.
+        warps, registers = warps // 2, 2 * _REGISTERS
 
     # Besides, it keeps the elimination of dead code away from the call: jax-triton's rule for that,
     # of 0.4.1, does not take the arguments of jax 0.12.
@@ -69,9 +74,9 @@ def launch(call: Call) -> Sequence[Array]:
             kernel=kernel,
             out_type=call.out,
             grid=config.programs(layout),
-            num_warps=config.num_warps,
+            num_warps=warps,
             num_stages=1,  # nothing is read ahead
-            backend_options=_OPTIONS | {"maxnreg": _REGISTERS if config.num_warps > 8 else None},
+            backend_options=_OPTIONS | {"maxnreg": registers},
             name=call.name,
         )
         return [*new, *map(jax.freeze, refs)]

@@ -13,6 +13,7 @@ From jax 0.11.2 on Mosaic's kernels are compiled, too, and with `jax-triton` ins
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -248,6 +249,7 @@ def assembled(ptxas: str, dump: Path) -> dict[str, Any]:
     dump.mkdir()
     return {
         "architecture": architecture,
+        "threads": math.prod(map(int, re.findall(r"\.(?:req|max)ntid (.*)", text)[0].split(","))),
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         "shared_bytes": int(
@@ -271,7 +273,6 @@ def measure(build: Build, gpu: Gpu, device: Any, ptxas: str, dump: Path) -> dict
         "rows": rows,
         "items": items,
         "columns": columns,
-        "num_warps": config.num_warps,
         **assembled(ptxas, dump),
         "copies_in_hlo": len(re.findall(r" copy\(", hlo)),
         "aliased_outputs": len(re.findall(r"\((?:\d+), \{[^}]*\}, (?:may|must)-alias\)", hlo)),

@@ -104,6 +104,7 @@ def _largest(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.abs(x).max(), tree)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", _CASES)
 def test_trajectory_is_that_of_adamw(name):
     case = _CASES[name]

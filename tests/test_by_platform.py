@@ -139,6 +139,7 @@ _OPTIMIZERS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", _OPTIMIZERS)
 def test_no_tracer_outlives_its_trace(name):
     """Leaves that are worked through in pieces, together and alone."""

@@ -277,19 +277,21 @@ def _interpreted(backend: str, case: Case) -> Any:
     return jax.jit(kernel_step(case, backend, True), compiler_options=options)
 
 
-@pytest.mark.skipif(
+_NEEDS_TRITON = pytest.mark.skipif(
     not pallas_kernels.is_available(),
     reason=f"jax {jax.__version__} has no Triton dialect of Pallas",
 )
+_NEEDS_MOSAIC = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2), reason="`backend` 'mosaic' needs jax 0.11.2 or newer"
+)
+
+
+@_NEEDS_TRITON
+@pytest.mark.once
 class TestTritonInterpreted(ExactStepContract):
     """The kernel in the Triton dialect, interpreted."""
 
     step = staticmethod(functools.partial(_interpreted, "triton"))
-
-
-_NEEDS_MOSAIC = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11, 2), reason="`backend` 'mosaic' needs jax 0.11.2 or newer"
-)
 
 
 @_NEEDS_MOSAIC
@@ -315,7 +317,7 @@ def test_in_the_interpreter_of_mosaic():
 
 _CALLS = {"triton": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu_v2"}
 _WITH_TRITON, _WITH_MOSAIC = (
-    pytest.param("triton", marks=TestTritonInterpreted.pytestmark),
+    pytest.param("triton", marks=_NEEDS_TRITON),
     pytest.param("mosaic", marks=_NEEDS_MOSAIC),
 )
 with_every_kernel = pytest.mark.parametrize("backend", [_WITH_TRITON, _WITH_MOSAIC])

@@ -408,6 +408,7 @@ def test_arguments_out_of_range(name):
 _SPLIT = [(16, "bfloat16"), (24, "bfloat16"), (32, "bfloat16"), (24, "float16")]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("bits, dtype", _SPLIT)
 def test_split_weights_are_those_of_the_unfused_form(bits, dtype, chunk):
     """Bit for bit: every rounding is that of `with_split_weights(gefen)`, in pieces or whole.

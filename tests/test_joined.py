@@ -71,6 +71,7 @@ _CASES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", _CASES)
 def test_bits_are_those_of_every_leaf_alone(name, turns):
     kind, arguments, dtype, size = _CASES[name]

@@ -549,6 +549,7 @@ def _moments(opt_state: Any, case: Case) -> Moments:
     return Moments(mu.reshape(case.shape), scale.reshape(case.stats), nu.reshape(case.stats))
 
 
+@pytest.mark.once
 class TestTritonInterpreted(StepContract):
     """The Triton dialect's kernel, interpreted."""
 

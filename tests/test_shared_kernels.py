@@ -417,6 +417,7 @@ class SharedStepContract:
         assert np.any(found.scale)
 
 
+@pytest.mark.once
 class TestTritonInterpreted(SharedStepContract):
     """The Triton dialect's kernel, interpreted."""
 

@@ -146,6 +146,7 @@ def calibrated_plan(task: Task) -> gx.Plan:
 PLANS = {"by_shape": lambda task: None, "calibrated": calibrated_plan}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", TASKS)
 def test_reaches_adamws_loss(name, plan, record_property):

@@ -9,8 +9,8 @@ from pallas_kernels._layout import MAX_WARPS, WARP, InAnother, StepConfig, next_
 _PAIRS_PER_THREAD = 4
 # Of a program. Blocks of 256 are 128 pairs, a warp each: their maxima need no shared memory.
 _TARGET_PAIRS = 512
-# Larger programs have as many threads as there can be, with fewer pairs each. A multiprocessor has
-# 64 registers for every one of 1,024 threads: with four pairs some were spilled, of two programs.
+# Larger programs have all the threads that there can be, with fewer pairs each: 64 registers for
+# each of 1,024 are all of a multiprocessor's. Two programs of 512 threads, with four, spilled some.
 _FEW_PAIRS = 1024
 # Of an inner axis: 8 float32 are a sector of memory.
 _COLUMNS = 8

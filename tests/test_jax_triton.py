@@ -326,6 +326,18 @@ def test_lowers_for_cuda_in_place(name, kernels):
     assert kernel.ptx.count("shfl.sync.idx") >= 14
 
 
+@pytest.mark.parametrize("bits, threads, registers", [(0, 1024, 64), (24, 512, 128)])
+def test_threads_of_long_blocks_have_registers(bits, threads, registers, kernels):
+    """All of a multiprocessor's, so that none is spilled (`gpu_compile.py` counts)."""
+    dtype = "bfloat16" if bits else "float32"
+    case = test_kernels.Case(test_kernels.DualLayout(2, 1, 2048), dtype, dtype, bits=bits)
+    data = jax.eval_shape(lambda: test_kernels.data_of(case, 0))
+    step = functools.partial(kernel_step(case, interpret=False), backend="jax_triton")
+    jax.jit(step).trace(data).lower(lowering_platforms=("cuda",))
+    (kernel,) = kernels
+    assert f".reqntid {threads}\n" in kernel.ptx and f".maxnreg {registers}\n" in kernel.ptx
+
+
 @pytest.mark.parametrize(
     "name", ["rows", "16384 in turns", "columns", "searched", "a nu per element", "split, 24 bits"]
 )

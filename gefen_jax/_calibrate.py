@@ -152,17 +152,25 @@ def _matched(params: Any, grads: Any) -> list[_Leaf]:
     return leaves
 
 
+_SAME_TREE = (
+    "Give the parameters that the loss was differentiated by (with flax nnx,"
+    " `nnx.state(model, nnx.Param)`)."
+)
+
+
 def _column(named: list[tuple[str, Any]], tree: Any, index: int, total: int) -> list[Any]:
     where = "`grads`" if total == 1 else f"`grads[{index}]`"
     found = named_leaves(tree)
     for (path, param), (other, g) in zip(named, found, strict=False):
         if path != other:
-            raise ValueError(f"{where} does not match `params`: expected `{path}`, found `{other}`")
+            raise ValueError(
+                f"{where} does not match `params`: expected `{path}`, found `{other}`. {_SAME_TREE}"
+            )
         _check_gradient(where, path, param, g)
     if len(named) != len(found):
         longer, extra = (found, "has") if len(found) > len(named) else (named, "lacks")
         path = longer[min(len(named), len(found))][0]
-        raise ValueError(f"{where} does not match `params`: it {extra} `{path}`")
+        raise ValueError(f"{where} does not match `params`: it {extra} `{path}`. {_SAME_TREE}")
     return [g for _, g in found]
 
 

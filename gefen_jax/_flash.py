@@ -16,6 +16,7 @@ from gefen_jax._flash_step import Kept, Real, Rule, check_layer, check_leaf, ini
 from gefen_jax._paths import leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._release_part import Part
+from gefen_jax._state import check_type, leaves_of
 from gefen_jax._transform import check_number, decay_at
 from gefen_jax._types import Decay
 
@@ -92,7 +93,8 @@ def _transformation(
         del params
         part = extra_args.get("gefen_part", Part())
         flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
-        slots = [*zip(*(treedef.flatten_up_to(tree) for tree in state[1:]), strict=True)]
+        check_type(state, make_state)
+        slots = leaves_of(state, make_state._fields[1:], [path for path, _ in flat], treedef)
         kept = [
             None if leaf[0] is None else tuple(map(Coded, leaf[::2], leaf[1::2])) for leaf in slots
         ]

@@ -15,14 +15,13 @@ from gefen_jax._paths import LeafSpec, named_leaves, path_name
 from gefen_jax._placed import placed_beside
 from gefen_jax._plan import Plan
 from gefen_jax._replan import check_known, known_leaves, tables_of
+from gefen_jax._state import check_state, state_leaves
 from gefen_jax._transform import (
     ScaleByGefenState,
     by_slot,
     check_plan,
-    check_state,
     codebook_of,
     kinds_of,
-    state_leaves,
 )
 from gefen_jax._types import Codebooks, Kind, Moments
 from gefen_jax._untrained import Untrained
@@ -115,6 +114,10 @@ def from_adam(
       checkpoint must have its NamedTuples again, not dicts: restore it into the structure of
       ``jax.eval_shape(optax.adamw(...).init, params)``.
 
+    .. note::
+      With flax nnx, ``nnx.update(optimizer.opt_state, nnx.state(converted))`` puts what this made
+      of ``nnx.as_pure(old.opt_state)`` into the new `nnx.Optimizer`.
+
     .. warning::
       Some other optimizers keep other things in a `optax.ScaleByAdamState`: `optax.adamax` the
       largest gradients, which are no second moment. Nothing in the state tells.
@@ -126,7 +129,7 @@ def from_adam(
         optax.ScaleByAdamState,
         known,
         lambda state: _gefen_state(state, known, plan),
-        "optax.adam or optax.adamw; a restored one must have its NamedTuples again, not dicts",
+        "optax.adam or optax.adamw",
     )
 
 
@@ -182,7 +185,12 @@ def to_adam(
       <https://arxiv.org/abs/1412.6980>`_, 2014
 
     .. note::
-      In `jax.jit` the plan is static: ``jax.jit(gx.to_adam, static_argnums=2)``.
+      In `jax.jit` the plan is static: ``jax.jit(gx.to_adam, static_argnums=2)``. With flax nnx, see
+      `from_adam`.
+
+    .. warning::
+      Optax does not refuse a state of gefen's that was not converted: it finds ``mu`` and ``nu`` in
+      it, and takes codes for moments.
     """
     check_plan("plan", plan)
     known = known_leaves(params)
@@ -215,8 +223,9 @@ def _convert(
     states = [node for node in nodes if is_one(node)]
     if not states:
         raise ValueError(
-            f"`opt_state` holds no {kind_of_state.__name__}: it is not the state of an optimizer"
-            f" with {origin}"
+            f"`opt_state` holds no {kind_of_state.__name__}, as the state of an optimizer with"
+            f" {origin} does. Restored from a checkpoint, it must have its NamedTuples again, not"
+            " dicts: restore it into the structure of `jax.eval_shape(tx.init, params)`."
         )
     _check_whole(known, (state.mu for state in states))
     return treedef.unflatten([convert(node) if is_one(node) else node for node in nodes])

@@ -14,6 +14,7 @@ from gefen_jax._fused_leaf import step_part
 from gefen_jax._paths import param_specs, resolved
 from gefen_jax._plan import Plan
 from gefen_jax._release_part import Part
+from gefen_jax._state import OTHER_PARAMS, advice, leaves_like
 from gefen_jax._transform import (
     Recipe,
     ScaleByGefenState,
@@ -163,11 +164,13 @@ def fused_gefen(
         *clip_state, links = (opt_state,) if max_norm is None else _links(opt_state, 2)
         state, decay_state, rate_state = _links(links, 3)
         if not isinstance(state, ScaleByGefenState):
-            raise ValueError(_STRANGE_STATE.format(type(state).__name__))
+            raise _strange(state)
         decay, decay_state = _ask_decay(weight_decay, mask, decay_state)
         scale, rate_state = _ask_rate(learning_rate, rate_state)
         clip = None if max_norm is None else _clip(grads, max_norm)
-        treedef = jax.tree.structure(grads, is_leaf=lambda x: x is None)
+        flat, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None)
+        paths = [path for path, _ in flat]
+        leaves_like(treedef, paths, "params", params, OTHER_PARAMS)  # raises by name
         decayed = treedef.flatten_up_to(_decayed(mask, params))
         rates = [Rates(clip, decay if flag else None, scale) for flag in decayed]
         params, state, lows = step_part(recipe, part, grads, state, params, rates)
@@ -186,17 +189,19 @@ _CLIPPED_PART = (
 )
 
 
-_STRANGE_STATE = (
-    "`opt_state` must be what `init` returns: the state of `gefen` with the same arguments, or with"
-    " `max_norm` of `optax.chain(optax.clip_by_global_norm(max_norm), gefen(...))`; found {} where"
-    " another part of it should be. To go over from another optimizer, start from a fresh `init`."
-)
+def _strange(found: Any, where: str = "") -> ValueError:
+    """What to raise for something else in the place of a chain, or of one of its links."""
+    return ValueError(
+        "`opt_state` must be what `init` returns: the state of `gefen` with the same arguments, or"
+        " with `max_norm` of `optax.chain(optax.clip_by_global_norm(max_norm), gefen(...))`; found"
+        f" {type(found).__name__}{where}. {advice(found)}"
+    )
 
 
 def _links(state: Any, number: int) -> tuple[Any, ...]:
     """The states of a chain's links."""
     if not isinstance(state, tuple) or len(state) != number:
-        raise ValueError(_STRANGE_STATE.format(type(state).__name__))
+        raise _strange(state, f" where the states of {number} links should be")
     return tuple(state)
 
 
@@ -205,8 +210,11 @@ def _links(state: Any, number: int) -> tuple[Any, ...]:
 
 def _ask_decay(weight_decay: Any, mask: Any, state: Any) -> tuple[Any, Any]:
     """The weight decay of this step, None for a constant 0, and the link's next state."""
-    inner = state if mask is None else state.inner_state
     link = optax.add_decayed_weights(weight_decay)
+    if isinstance(state, optax.MaskedState) == (mask is None):
+        raise _strange(state, f", of a run with{'' if mask is None else 'out'} a `mask`")
+    inner = state if mask is None else state.inner_state
+    _check_link(link, inner, "weight_decay")
     decay, inner = link.update(jnp.zeros([]), inner, jnp.ones([]))
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         decay = None
@@ -215,7 +223,15 @@ def _ask_decay(weight_decay: Any, mask: Any, state: Any) -> tuple[Any, Any]:
 
 def _ask_rate(learning_rate: Any, state: Any) -> tuple[Any, Any]:
     """Minus the learning rate of this step, and the link's next state."""
-    return optax.scale_by_learning_rate(learning_rate).update(jnp.ones([]), state)
+    link = optax.scale_by_learning_rate(learning_rate)
+    _check_link(link, state, "learning_rate")
+    return link.update(jnp.ones([]), state)
+
+
+def _check_link(link: optax.GradientTransformation, state: Any, argument: str) -> None:
+    if jax.tree.structure(jax.eval_shape(link.init, ())) != jax.tree.structure(state):
+        what = "number" if isinstance(state, optax.EmptyState) else "schedule"
+        raise _strange(state, f", of a run whose `{argument}` was a {what}")
 
 
 def _clip(grads: Any, max_norm: Any) -> Clip:

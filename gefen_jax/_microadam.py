@@ -27,6 +27,7 @@ from gefen_jax._sparse_window import (
     scalars,
     step,
 )
+from gefen_jax._state import check_type, leaves_of
 from gefen_jax._transform import check_number, decay_at
 
 
@@ -204,8 +205,9 @@ def scale_by_microadam(
     ) -> tuple[optax.Updates, ScaleByMicroAdamState]:
         del params, extra_args
         flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
-        slots = (treedef.flatten_up_to(getattr(state, slot)) for slot in _Leaf._fields)
-        leaves = [_Leaf(*leaf) for leaf in zip(*slots, strict=True)]
+        check_type(state, ScaleByMicroAdamState)
+        slots = leaves_of(state, _Leaf._fields, [path for path, _ in flat], treedef)
+        leaves = [_Leaf(*leaf) for leaf in slots]
         count = optax.safe_increment(state.count)
         decay = decay_at(b1, b2, eps, 0.0, count)
         results = []

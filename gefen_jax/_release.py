@@ -54,8 +54,8 @@ def release(
       layer: ``layer(layer_params, x)`` gives the next layer's input; where layers are stacked, of
         the shapes and dtypes of ``x``. Random keys, masks and sums of auxiliary losses can be parts
         of ``x``.
-      head: ``head(params, x, batch)`` gives the loss, a scalar. Like ``embed``, it sees the
-        parameters with None in place of the layers' leaves.
+      head: ``head(params, x, batch)`` gives the loss, a scalar, and nothing beside it. Like
+        ``embed``, it sees the parameters with None in place of the layers' leaves.
       layers: Finds the layers in the parameters: ``layers(params)`` is a list or tuple with one
         tree for each, or one tree of stacked arrays, ``[layers, ...]``, as `jax.lax.scan` and
         ``nnx.scan`` want them.
@@ -72,9 +72,11 @@ def release(
 
     Raises:
       ValueError: In ``step``: for layers that are not found, a loss that is no scalar, blocks of a
-        state that cross layers, stacked layers whose outputs have other shapes than their inputs,
+        state that cross layers, stacked layers whose outputs have other shapes or dtypes than their
+        inputs,
         an optimizer in which one leaf's gradient decides another's update or that draws random
-        numbers, and `gefen` itself with stacked layers (`fused_gefen` has the same state).
+        numbers, and `gefen` itself with stacked layers (`fused_gefen` has the same state), or
+        `gefen_muon`.
 
     Examples:
       >>> import functools, jax, jax.numpy as jnp
@@ -154,6 +156,10 @@ def _clipped(g: Array, norm: Any, max_norm: Any) -> Array:
     return jnp.where(norm < most, g, (g.astype(jnp.float32) / norm * most).astype(g.dtype))
 
 
+_STACKED_MUON = (
+    "`optimizer` must not be `gefen_muon` with stacked layers, as it cannot know which layer of a"
+    " leaf it steps: give the layers as a list, with a matrix for each"
+)
 _STACKED_GEFEN = (
     "`optimizer` must be a `gx.fused_gefen` with stacked layers, where `gefen` cannot know which"
     " layer of a leaf it steps: give `gx.fused_gefen` with the same arguments, or"
@@ -165,6 +171,13 @@ _STATE_OF_LAYERS = (
     "Give the layers as a list, with an array for each, or take an optimizer whose state of a layer"
     " is a slice of the stacked leaf's."
 )
+
+
+def _holds(opt_state: Any, kind_of_state: type) -> bool:
+    def is_one(node: Any) -> bool:
+        return isinstance(node, kind_of_state)
+
+    return any(map(is_one, jax.tree.leaves(opt_state, is_leaf=is_one)))
 
 
 def _updater(
@@ -179,9 +192,9 @@ def _updater(
     if not fused:
         check_separable(tx, opt_state, params, owner)
     if model.stacked is not None:
-        gefens = (ScaleByGefenState, ScaleByGefenMuonState)
-        nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, gefens))
-        if not fused and any(isinstance(x, gefens) for x in nodes):
+        if not fused and _holds(opt_state, ScaleByGefenMuonState):
+            raise ValueError(_STACKED_MUON)
+        if not fused and _holds(opt_state, ScaleByGefenState):
             raise ValueError(_STACKED_GEFEN)
         choice = Choice(model.inside(), 0, model.number)
         check_layers(opt_state, owner, params, choice, _BLOCKS if fused else _STATE_OF_LAYERS)

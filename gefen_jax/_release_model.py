@@ -1,6 +1,6 @@
 """A model in layers: its passes forward and backward, of which a part is in memory at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from gefen_jax._release_check import used_inputs
 from gefen_jax._release_part import flatten, is_none
+from gefen_jax._state import describe
 
 
 class Model(NamedTuple):
@@ -61,13 +62,29 @@ _NOT_PICKED = (
 )
 
 
+_NOT_FOUND = (
+    "`layers` does not find the layers in the parameters ({!r}): give `release` a function that"
+    " does, as in `layers=lambda params: params['decoder']['blocks']`"
+)
+_NUMBERED = (
+    "`layers` must find a list of the layers' parameters, or one tree of stacked arrays; found a"
+    " dict of numbered layers: make a list of it, as in `layers=lambda params:"
+    " [params['layers'][key] for key in sorted(params['layers'], key=int)]`"
+)
+
+
 def find_layers(
     functions: tuple[Any, Any, Any], params: Any, where: Callable[[Any], Any]
 ) -> tuple[Model, list[Any]]:
     """The model, and the parameters' leaves."""
     flat, treedef = flatten(params)
     leaves = [x for _, x in flat]
-    found = where(treedef.unflatten(range(len(flat))))
+    try:
+        found = where(treedef.unflatten(range(len(flat))))
+    except (KeyError, AttributeError, IndexError, TypeError) as error:
+        raise ValueError(_NOT_FOUND.format(error)) from error
+    if isinstance(found, Mapping) and found and all(str(key).isdigit() for key in found):
+        raise ValueError(_NUMBERED)
     indices = jax.tree.leaves(found)
     if not all(type(i) is int for i in indices) or len(set(indices)) < len(indices):
         raise ValueError(_NOT_PICKED)
@@ -122,7 +139,7 @@ def forward(model: Model, leaves: list[Any], batch: Any) -> tuple[Any, Any, Any]
 
         def body(x: Any, number: Any) -> tuple[Any, Any]:
             y = model.layer(model.at(leaves, number), x)
-            _check_shapes(x, y)
+            _check_form(x, y)
             return y, x
 
         x, inputs = jax.lax.scan(body, x, jnp.arange(model.number))
@@ -134,13 +151,17 @@ def forward(model: Model, leaves: list[Any], batch: Any) -> tuple[Any, Any, Any]
     return inputs, x, batch
 
 
-def _check_shapes(x: Any, y: Any) -> None:
+def _check_form(x: Any, y: Any) -> None:
     """Stacked layers are one program: what comes out of one has to fit into the next."""
-    found, wanted = ([jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (y, x))
+    found, wanted = (
+        [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in jax.tree.leaves(tree)]
+        for tree in (y, x)
+    )
     if found != wanted:
         raise ValueError(
-            "`layer` must return what has the shapes of its input, as layers are stacked; found"
-            f" {found} for {wanted}. Give layers that change them as a list."
+            "`layer` must return what has the shapes and dtypes of its input, as layers are"
+            f" stacked; found {', '.join(found)} for {', '.join(wanted)}. Cast what `layer`"
+            " returns, or give layers that change shapes as a list."
         )
 
 
@@ -175,8 +196,11 @@ def sweep(
     embedded = {i for i, is_used in used if is_used}
 
     loss, pull = pullback(lambda outer, x: model.head(outer, x, batch), outer, x)
-    if jnp.shape(loss) != ():
-        raise ValueError(f"`head` must return a scalar loss, got the shape {jnp.shape(loss)}")
+    if not jax.tree_util.all_leaves([loss]) or jnp.shape(loss) != () or not is_float(loss):
+        raise ValueError(
+            "`head` must return the loss, one floating scalar, and nothing beside it; found"
+            f" {describe(loss)}"
+        )
     of_head, dx = pull(jnp.ones_like(loss))
     of_head = jax.tree.leaves(of_head, is_leaf=is_none)
     carry = visit(carry, Visit({i: of_head[i] for i in trained if i not in embedded}, run=run))

@@ -15,14 +15,13 @@ from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, param_specs
 from gefen_jax._placed import placed_beside
 from gefen_jax._plan import Plan
+from gefen_jax._state import advice, check_state, state_leaves
 from gefen_jax._transform import (
     ScaleByGefenState,
     by_slot,
     check_plan,
-    check_state,
     codebook_of,
     kinds_of,
-    state_leaves,
 )
 from gefen_jax._types import Codebooks, Kind, Moments
 from gefen_jax._untrained import Untrained
@@ -110,7 +109,7 @@ def replan(
 
     .. note::
       In `jax.jit` the plans are static: ``jax.jit(gx.replan, static_argnums=(2, 3))``. The
-      momentum of `scale_by_gefen_muon` is not replanned.
+      momentum of `scale_by_gefen_muon` is not replanned. With flax nnx, see `from_adam`.
     """
     check_plan("plan", plan)
     check_plan("new_plan", new_plan)
@@ -118,8 +117,8 @@ def replan(
     nodes, treedef = jax.tree.flatten(opt_state, is_leaf=_is_gefen)
     if not any(map(_is_gefen, nodes)):
         raise ValueError(
-            "`opt_state` holds no ScaleByGefenState: it is not the state of an optimizer with"
-            " gefen or scale_by_gefen in it"
+            "`opt_state` holds no ScaleByGefenState, as the state of an optimizer with gefen or"
+            f" scale_by_gefen in it does. {advice(opt_state)}"
         )
     return treedef.unflatten(
         [_replan(node, known, plan, new_plan) if _is_gefen(node) else node for node in nodes]

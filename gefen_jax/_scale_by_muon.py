@@ -43,6 +43,7 @@ from gefen_jax._newton_schulz import (
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._plan import Plan
+from gefen_jax._state import check_type, leaves_of
 from gefen_jax._transform import check_number, kinds_of
 from gefen_jax._untrained import Untrained
 
@@ -266,8 +267,9 @@ def scale_by_gefen_muon(
     ) -> tuple[optax.Updates, ScaleByGefenMuonState]:
         del extra_args
         flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
-        slots = (treedef.flatten_up_to(getattr(state, slot)) for slot in Momentum._fields)
-        moments = [Momentum(*leaf) for leaf in zip(*slots, strict=True)]
+        check_type(state, ScaleByGefenMuonState)
+        slots = leaves_of(state, Momentum._fields, [path for path, _ in flat], treedef)
+        moments = [Momentum(*leaf) for leaf in slots]
         present = [i for i, (_, g) in enumerate(flat) if g is not None]
         specs = [leaf_spec(path_name(flat[i][0]), flat[i][1]) for i in present]
         entries = DimensionNumbers(weight_dimension_numbers, updates if params is None else params)

@@ -31,6 +31,7 @@ from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, check_names, leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._plan import Plan
+from gefen_jax._state import check_state, check_type, describe, state_leaves
 from gefen_jax._types import Decay, Kind, Moments, Step
 
 
@@ -118,47 +119,6 @@ class Recipe(NamedTuple):
     plan: Plan | None
     exact_lookup: bool
     backend: str | None
-
-
-def _describe_state(state: Any) -> str:
-    leaves = jax.tree.leaves(state)
-    return ", ".join(f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in leaves) or "nothing"
-
-
-@functools.cache
-def _initial(kind: Kind, shape: tuple[int, ...]) -> Moments:
-    """The shapes and dtypes of a leaf's state. Kept: tracing them takes as long as a small step."""
-    return jax.eval_shape(lambda: kind.init(shape))
-
-
-def check_state(spec: LeafSpec, kind: Kind, moments: Moments) -> None:
-    """The state must be the one that this kind of leaf starts with, in all but its values."""
-    expected = _initial(kind, spec.shape)
-    same = jax.tree.structure(expected) == jax.tree.structure(moments) and all(
-        e.shape == jnp.shape(s) and e.dtype == jnp.result_type(s)
-        for e, s in zip(jax.tree.leaves(expected), jax.tree.leaves(moments), strict=True)
-    )
-    if not same:
-        raise ValueError(
-            f"the state of `{spec.path}` does not fit its plan, {kind}: expected"
-            f" {_describe_state(expected)}, found {_describe_state(moments)}. Use the plan that the"
-            " state was made with, and keep its dtypes (no tree.cast)."
-        )
-
-
-def state_leaves(
-    state: ScaleByGefenState, paths: Sequence[tuple[Any, ...]], treedef: Any
-) -> tuple[list[LeafSpec], list[Moments]]:
-    """The spec and the moments of every leaf at these key paths, in the treedef's order."""
-    slots = (treedef.flatten_up_to(getattr(state, slot)) for slot in Moments._fields)
-    moments = [Moments(*leaf) for leaf in zip(*slots, strict=True)]
-    specs = [_state_spec(path_name(p), leaf.mu) for p, leaf in zip(paths, moments, strict=True)]
-    return specs, moments
-
-
-def _state_spec(path: str, mu: Any) -> LeafSpec:
-    # A gradient may be None, the state is always there: mu has the leaf's shape.
-    return LeafSpec(path, () if mu is None else tuple(jnp.shape(mu)), mu is not None)
 
 
 def check_plan(name: str, plan: Any) -> None:
@@ -334,12 +294,7 @@ def step_leaves(
     else they must have in common, or None for a leaf that stays alone. Of leaves at hand that are
     parts of others, ``kinds`` says what the whole ones are.
     """
-    if not all(hasattr(state, field) for field in ScaleByGefenState._fields):
-        raise ValueError(
-            "`state` must be the ScaleByGefenState that `init` returned, found"
-            f" {type(state).__name__}. A run of AdamW goes on after"
-            " `gefen_jax.from_adam(opt_state, params)`."
-        )
+    check_type(state, ScaleByGefenState, takes_adam=True)
     flat, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=lambda x: x is None)
     specs, moments = state_leaves(state, [path for path, _ in flat], treedef)
     kinds = kinds_of(specs, recipe.plan) if kinds is None else kinds
@@ -386,7 +341,7 @@ def _check_gradient(spec: LeafSpec, g: Any) -> None:
     if jnp.shape(g) != spec.shape or not jnp.issubdtype(jnp.result_type(g), jnp.floating):
         raise ValueError(
             f"`updates[{spec.path}]` must be a real floating array of shape {spec.shape}, as at"
-            f" `init`; found {_describe_state(g)}"
+            f" `init`; found {describe(g)}"
         )
 
 
@@ -395,5 +350,5 @@ def check_parameter(spec: LeafSpec, p: Any) -> None:
     if jnp.shape(p) != spec.shape or not jnp.issubdtype(jnp.result_type(p), jnp.floating):
         raise ValueError(
             f"`params[{spec.path}]` must be a real floating array of shape {spec.shape}, as at"
-            f" `init`; found {_describe_state(p)}"
+            f" `init`; found {describe(p)}"
         )

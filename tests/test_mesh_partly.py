@@ -108,6 +108,20 @@ def test_shard_map_over_one_axis_of_two(make, types):
     np.testing.assert_array_equal(step(grads), _on_one_device(make, plan))
 
 
+@pytest.mark.parametrize("make", [gx.gefen, gx.fused_gefen, gx.gefen_muon])
+def test_made_inside_of_a_shard_map_that_is_not_jitted(make):
+    """There, all that jnp makes of numbers is a tracer; so the codebook is looked at without it."""
+    grads = {"w": np.ones((4, 16), np.float32)}
+
+    def step(grads: Any) -> jax.Array:
+        return _step(make(1e-2), grads)
+
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(_AUTO,))
+    found = jax.shard_map(step, mesh=mesh, in_specs=P("x"), out_specs=P("x"))(grads)
+    half = {"w": grads["w"][:2]}
+    np.testing.assert_allclose(found, np.concatenate([step(half)] * 2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("types", _TYPES[:2], ids=str)
 def test_whole_where_blocks_cross_shards(types):
     plan = gx.plan_by_shape(_struct())  # rows of 256, of which y cuts 128

@@ -453,7 +453,15 @@ def test_stacked_layers_may_not_change_the_shape():
         optax.sgd(0.1), lambda _, x: x, lambda p, x: x @ p, lambda _, x, __: jnp.sum(x)
     )
     params = {"layers": jnp.ones((2, 8, 4))}
-    with pytest.raises(ValueError, match=r"`layer` must return .*\(1, 4\).* for .*\(1, 8\).*list"):
+    with pytest.raises(ValueError, match=r"`layer` must return .*\[1, 4\].* for .*\[1, 8\].*list"):
+        jax.eval_shape(step, params, optax.sgd(0.1).init(params), jnp.ones((1, 8)))
+
+
+def test_stacked_layers_may_not_change_the_dtype():
+    params = {"layers": jnp.ones((2, 8, 8))}
+    layer = lambda p, x: (x @ p).astype(jnp.bfloat16)  # noqa: E731
+    step = gx.release(optax.sgd(0.1), lambda _, x: x, layer, lambda _, x, __: jnp.sum(x))
+    with pytest.raises(ValueError, match=r"bfloat16\[1, 8\] for float32\[1, 8\]\. Cast"):
         jax.eval_shape(step, params, optax.sgd(0.1).init(params), jnp.ones((1, 8)))
 
 
@@ -550,6 +558,17 @@ _MISFITS: dict[str, Any] = {
         {"layers": lambda p: {"a": p["out"], "b": p["table"]}},
         "`layers`",
     ),
+    "layers of another name": (
+        lambda: optax.sgd(0.1),
+        {"layers": lambda p: p["blocks"]},
+        r"does not find the layers.*KeyError\('blocks'\).*`layers=lambda",
+    ),
+    "numbered layers": (
+        lambda: optax.sgd(0.1),
+        {"layers": lambda p: {"0": p["layers"]["up"], "1": p["layers"]["down"]}},
+        "dict of numbered layers: make a list",
+    ),
+    "muon that is stacked": (lambda: gx.gefen_muon(0.1), {}, "gefen_muon.*as a list"),
     "a layer used twice": (
         lambda: optax.sgd(0.1),
         {"layers": lambda p: [p["layers"]] * 2},
@@ -581,10 +600,19 @@ def test_groups_of_flash_moments_that_cross_layers():
         jax.eval_shape(step, params, optimizer.init(params), 0.0)
 
 
-def test_a_loss_must_be_a_scalar():
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda params, x, batch: x,
+        lambda params, x, batch: (jnp.sum(x), jnp.mean(x)),
+        lambda params, x, batch: None,
+        lambda params, x, batch: jnp.sum(x > 0),
+    ],
+)
+def test_a_loss_must_be_a_scalar(head):
     optimizer, params = optax.sgd(0.1), _params(True)
-    step = gx.release(optimizer, _embed, _layer, lambda params, x, batch: x)
-    with pytest.raises(ValueError, match="`head`"):
+    step = gx.release(optimizer, _embed, _layer, head)
+    with pytest.raises(ValueError, match="`head` must return the loss, one floating scalar"):
         jax.eval_shape(step, params, optimizer.init(params), _batch(0))
 
 

@@ -7,6 +7,7 @@ of the first batch, for those that want to look at them.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -166,10 +167,26 @@ def _wide(*args: Any, params: Any, **kwargs: Any) -> optax.GradientTransformatio
     return _optimizer(functools.partial(gx.gefen, plan=plan), *args, **kwargs)
 
 
+def _wide_in(pattern: str, *args: Any, params: Any, **kwargs: Any) -> Any:
+    """Half a byte more where the path matches, to see where sharing a second moment costs."""
+    plan = gx.plan_by_shape(params)
+    wide = gx.plan_by_shape(params, kind="wide_dual_code")
+    for row in wide.table():
+        if row.kind == gx.WideDualCode.name and re.search(pattern, row.path):
+            plan = plan.with_kind(row.path, wide[row.path].kind)
+    return _optimizer(functools.partial(gx.gefen, plan=plan), *args, **kwargs)
+
+
 VARIANTS: dict[str, Variant] = {
     "adamw": _adamw,
     "gefen": _gefen,
     "gefen, wide codes": _wide,
+    "gefen, wide codes in attention": functools.partial(_wide_in, "qkv|attention_out"),
+    "gefen, wide codes in qkv": functools.partial(_wide_in, "qkv"),
+    "gefen, wide codes in mlp": functools.partial(_wide_in, "mlp"),
+    "gefen, wide codes in embeddings": functools.partial(_wide_in, "embedding"),
+    "gefen, wide codes in a": functools.partial(_wide_in, "/a$"),
+    "gefen, wide codes in b": functools.partial(_wide_in, "/b$"),
     "gefen, blocks of 64": functools.partial(_smaller_blocks, 64),
     "gefen, pairs along the shorter axis": _shorter_axis,
     "gefen, shared blocks": functools.partial(_planned, "axis"),

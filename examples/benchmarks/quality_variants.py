@@ -182,7 +182,6 @@ VARIANTS: dict[str, Variant] = {
     "gefen": _gefen,
     "gefen, wide codes": _wide,
     "gefen, wide codes in attention": functools.partial(_wide_in, "qkv|attention_out"),
-    "gefen, wide codes in qkv": functools.partial(_wide_in, "qkv"),
     "gefen, wide codes in mlp": functools.partial(_wide_in, "mlp"),
     "gefen, wide codes in embeddings": functools.partial(_wide_in, "embedding"),
     "gefen, wide codes in a": functools.partial(_wide_in, "/a$"),

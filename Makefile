@@ -25,7 +25,7 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The README's CPU step and plans; writes examples/results/. Other figures name their command.
+# The README's CPU step, and plans; writes examples/results/. Other figures name their command.
 bench: $(VENV)/.examples
 	$(BIN)/python examples/benchmarks/cpu_step.py
 	$(BIN)/python examples/benchmarks/plans.py

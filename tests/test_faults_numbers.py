@@ -514,6 +514,33 @@ def test_09a_a_square_that_overflows_is_loud_and_stays_in_its_block(name):
 
 
 @pytest.mark.parametrize(
+    ("kind", "sharing"),
+    [
+        (gx.WideDualCode((1, 256)), 1),
+        (gx.DualCode((1, 256)), 2),
+        (gx.SharedBlocks((1, 256)), 256),
+    ],
+)
+def test_09a_where_squares_begin_to_overflow(kind, sharing):
+    """Of one element, and of all that share a second moment."""
+    params = {"w": jnp.zeros((2, 256))}
+    tx = gx.scale_by_gefen(plan=gx.plan_by_shape(params).with_kind("w", kind))
+    two_steps = jax.jit(
+        lambda g: tx.update({"w": jnp.ones_like(g)}, tx.update({"w": g}, tx.init(params))[1])[0]
+    )
+
+    def finite(value, elements):
+        updates = two_steps(jnp.ones((2, 256)).at[0, elements].set(value))["w"]
+        return np.isfinite(updates).all(axis=1).tolist()
+
+    most = np.sqrt(np.finfo(np.float32).max)
+    for elements, bound in ((0, most), (slice(None), most / np.sqrt(sharing))):
+        # The margin: roundings of a sum, and of the square.
+        assert finite(0.99 * bound, elements) == [True, True]
+        assert finite(1.01 * bound, elements) == [False, True]
+
+
+@pytest.mark.parametrize(
     ("name", "nesterov"), [*((name, False) for name in WITH_PER_ELEMENT), ("no plan", True)]
 )
 def test_09a_eps_0_and_a_block_of_zeros(name, nesterov):

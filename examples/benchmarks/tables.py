@@ -116,7 +116,7 @@ def char_lm() -> str:
         f" {len(losses['adamw'])} seeds: {paired}. A byte-level GPT of"
         f" {data['parameters'] / 1e6:.2f}M parameters, {data['config']['steps']} steps, on the"
         f" standard library of Python {data['python']} (sha256"
-        f" {data['corpus']['sha256'][:12]}), AdamW's best learning rate for all."
+        f" {data['corpus']['sha256'][:12]}), a learning rate of {data['config']['lr']:g} for all."
     )
 
 

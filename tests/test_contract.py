@@ -290,6 +290,7 @@ _STEPS = 2000
 _TOLERANCE = 3e-2  # Optax's own
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name, rule", [(name, rule) for name, o in OBJECTIVES.items() for rule in o.plans]
 )

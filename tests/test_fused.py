@@ -159,6 +159,7 @@ def chunk(monkeypatch):
     _update_leaf.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] (of jit)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", _SETTINGS)
 def test_it_is_gefen_and_apply_updates(name, chunk):
     """Step by step, and each goes on from the other's state in turn."""

@@ -218,6 +218,7 @@ def _check_step(g, old: _Leaf, new: _Leaf, update, codebook, t, setting: _Settin
         assert np.all(np.abs(update[at] - sum(terms) / root) <= error)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", _SETTINGS)
 def test_step_is_what_the_equations_say(name, monkeypatch, request):
     setting = _SETTINGS[name]

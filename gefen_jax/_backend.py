@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, UInt32
 
@@ -16,9 +15,10 @@ from gefen_jax._by_platform import by_platform
 from gefen_jax._chunks import Chunk
 from gefen_jax._dither import Place
 from gefen_jax._joined import advance_joined
+from gefen_jax._laid_out import by_the_compiler
 from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._shards import free_axes, is_spread, shards_of
-from gefen_jax._specs import Partition, fitting_spec
+from gefen_jax._specs import Partition
 from gefen_jax._step import by_equal_runs
 from gefen_jax._types import JoinedKind, Kind, Moments, Step
 
@@ -270,44 +270,6 @@ def update_leaf(
         return whole((g, moments), arrays, None)
     direction, new = shards.map(update, (g, moments), arrays, whole=whole)
     return shards.back_home(direction), new
-
-
-def by_the_compiler(function: Callable[..., Any], like: Array, results: Any, *args: Any) -> Any:
-    """``function(*args)`` on any mesh, of a leaf whose blocks may cross shards.
-
-    With Explicit axes, where JAX refuses to split a sharded axis into such blocks, the compiler
-    chooses the shardings inside. What comes out lies as ``results``, arrays of the same shapes, do;
-    in place of what nobody placed, as ``like`` does.
-    """
-    sharding = jax.typeof(like).sharding
-    if not sharding.mesh.explicit_axes:
-        return function(*args)
-
-    def spec(x: Array) -> PartitionSpec:
-        own = jax.typeof(x).sharding.spec
-        return own if any(own) else fitting_spec(sharding.spec, x.shape, sharding.mesh)
-
-    with jax.sharding.use_abstract_mesh(sharding.mesh):
-        specs, axes = jax.tree.map(spec, results), sharding.mesh.explicit_axes
-        return jax.sharding.auto_axes(function, axes=axes, out_sharding=specs)(*args)
-
-
-def laid_out_like(like: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` on any mesh; with Explicit axes, results lie as ``like`` does.
-
-    As far as their shapes allow: statistics have the axes that divide them.
-    """
-    mesh = None if like is None else jax.typeof(like).sharding.mesh
-    if mesh is None or AxisType.Explicit not in mesh.axis_types:
-        return function(*args)
-    spec = jax.typeof(like).sharding.spec
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-    specs = jax.tree.map(
-        lambda x: fitting_spec(spec, x.shape, mesh), jax.eval_shape(function, *shapes)
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        inside = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=specs)
-        return inside(*args)
 
 
 NO_DERIVATIVE = (

@@ -16,11 +16,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
-from gefen_jax._backend import apart, in_best_form, laid_out_like
+from gefen_jax._backend import apart, in_best_form
 from gefen_jax._blocks import Shape, flat_view, split, split_stats, stats_shape
 from gefen_jax._chunks import Chunk, map_pieces
 from gefen_jax._companding import FIRST, SECOND, Coded, decode, encode, round_scale
 from gefen_jax._dither import Place, dither, positions
+from gefen_jax._laid_out import laid_out_like
 from gefen_jax._not_differentiable import not_differentiable
 from gefen_jax._pieces import Piece, over_pieces
 from gefen_jax._types import Decay, Step

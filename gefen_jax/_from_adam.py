@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gefen_jax._backend import laid_out_like
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._constants import LEVELS
+from gefen_jax._laid_out import laid_out_like
 from gefen_jax._paths import LeafSpec, named_leaves, path_name
 from gefen_jax._placed import placed_beside
 from gefen_jax._plan import Plan

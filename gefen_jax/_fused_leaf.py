@@ -17,13 +17,13 @@ from jaxtyping import Array, Float, UInt32
 from gefen_jax._backend import (
     JOINED_CHUNK,
     Leaf,
-    by_the_compiler,
     in_joined_form,
     is_placed,
     kernel_of_many,
 )
 from gefen_jax._dither import Place, dither
 from gefen_jax._groups import Joined, LeafStep
+from gefen_jax._laid_out import by_the_compiler
 from gefen_jax._release_part import Low, Part
 from gefen_jax._shards import shards_of
 from gefen_jax._split import advance, merge

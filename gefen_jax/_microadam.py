@@ -13,8 +13,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from gefen_jax._backend import laid_out_like
 from gefen_jax._constants import SMALL_LEAF
+from gefen_jax._laid_out import laid_out_like
 from gefen_jax._paths import LeafSpec, leaf_spec, path_name
 from gefen_jax._placed import placed_beside, placed_like
 from gefen_jax._sparse_window import (

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gefen_jax._backend import laid_out_like
 from gefen_jax._builtin import builtin_codebook
 from gefen_jax._constants import LEVELS
 from gefen_jax._encoder import make_encoder
+from gefen_jax._laid_out import laid_out_like
 from gefen_jax._levels import make_levels
 from gefen_jax._paths import LeafSpec, param_specs
 from gefen_jax._placed import placed_beside

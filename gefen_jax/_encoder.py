@@ -28,13 +28,14 @@ _LOOKUP_BINS = 2 * HISTOGRAM_BINS
 _HALF = _LOOKUP_BINS // 2
 # The closed form of a threshold starts at the midpoint; rounding can move it by this many ulps.
 _ULPS = 2
+_BEYOND = np.finfo(np.float32).max
 
 
 class Encoder(NamedTuple):
     """Tables that follow from a codebook; made once per step, read by every leaf.
 
     Invariants: ``count_below[b] = #{j : bin(t[j]) < b}``, ``next_threshold[b] =
-    t[count_below[b]]`` (+inf past the last).
+    t[count_below[b]]`` (a number beyond all past the last).
     """
 
     codebook: Float[Array, "codes"]
@@ -67,7 +68,7 @@ def thresholds(codebook: Any, xp: Any = jnp) -> Any:
     """
     lower, upper = codebook[:-1], codebook[1:]
     best = middle = lower + (upper - lower) * 0.5
-    for direction in (-xp.inf, xp.inf):
+    for direction in (-2.0, 2.0):  # no inf, which `jax_debug_infs` would find
         x = middle
         for _ in range(_ULPS):
             x = xp.nextafter(x, xp.full_like(x, direction))
@@ -84,7 +85,7 @@ def make_encoder(codebook: Float[Array, "codes"]) -> Encoder:
     """Builds the tables from the codebook in the state (traceable)."""
     t = thresholds(codebook)
     count_below = _count_below(_lookup_bin(t).astype(jnp.int32))
-    padded = jnp.concatenate([t, jnp.full((1,), jnp.inf, t.dtype)])
+    padded = jnp.concatenate([t, jnp.full((1,), _BEYOND, t.dtype)])
     return Encoder(codebook, count_below, take(padded, count_below))
 
 

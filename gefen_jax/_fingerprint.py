@@ -102,6 +102,8 @@ def _entries(tree: Any) -> Iterator[tuple[str, str]]:
         if isinstance(x, Tracer):
             raise TypeError(f"`{path}` has no numbers inside of `jit`: call this outside of it")
         x = x if isinstance(x, jax.Array) else np.asarray(x)
+        if x.dtype == object or x.dtype == jax.dtypes.float0:
+            raise TypeError(f"`{path}` has no numbers: expected an array, found {x!r}")
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         yield path, f"{x.dtype}{list(x.shape)} {_sum_of(x):08x}"
@@ -110,6 +112,9 @@ def _entries(tree: Any) -> Iterator[tuple[str, str]]:
 def _sum_of(x: Any) -> int:
     if jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8:
         x = x.astype(jnp.int8)
+    elif jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 8:
+        x = jax.lax.bitcast_convert_type(jnp.asarray(x), f"uint{jnp.finfo(x.dtype).bits}")
+        x = x.astype(jnp.uint8)
     if isinstance(x, np.ndarray):
         # On the host, where 64 bits are what they are: JAX would make them 32.
         words = np.ascontiguousarray(x).reshape(-1).view(f"u{min(x.itemsize, 4)}")

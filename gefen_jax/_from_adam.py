@@ -197,12 +197,16 @@ def to_adam(
     dtypes = {
         p: jax.eval_shape(jnp.asarray, x).dtype for p, x in named_leaves(params) if p in known
     }
-    dtypes.setdefault(".", jnp.result_type(*dtypes.values()) if dtypes else None)
+
+    def dtype_of(path: str) -> Any:
+        # Of a vector that all were put into (`optax.flatten`), there may be none of that name.
+        return dtypes[path] if path in dtypes else jnp.result_type(*dtypes.values())
+
     return _convert(
         opt_state,
         ScaleByGefenState,
         known,
-        lambda state: _adam_state(state, known, plan, dtypes, mu_dtype),
+        lambda state: _adam_state(state, known, plan, dtype_of, mu_dtype),
         "gefen or scale_by_gefen",
     )
 
@@ -310,7 +314,7 @@ def _adam_state(
     state: ScaleByGefenState,
     known: dict[str, LeafSpec],
     plan: Plan | None,
-    dtypes: dict[str, Any],
+    dtype_of: Callable[[str], Any],
     mu_dtype: Any,
 ) -> optax.ScaleByAdamState:
     """One Gefen state as Adam's."""
@@ -325,7 +329,7 @@ def _adam_state(
         param = known.get(spec.path)
         mu = nu = None
         if spec.trained:
-            nu_dtype = dtypes[spec.path]
+            nu_dtype = dtype_of(spec.path)
             mu, nu = _read_leaf(
                 leaf,
                 tables,
@@ -336,8 +340,8 @@ def _adam_state(
         elif param is not None:
             _check_kept(param, kinds[spec.path])
             # What Adam keeps of a leaf that is no float, two buffers that can be donated.
-            mu = jnp.zeros(param.shape, mu_dtype or dtypes[spec.path])
-            nu = jnp.zeros(param.shape, dtypes[spec.path])
+            mu = jnp.zeros(param.shape, mu_dtype or dtype_of(spec.path))
+            nu = jnp.zeros(param.shape, dtype_of(spec.path))
         mus.append(mu)
         nus.append(nu)
     return optax.ScaleByAdamState(state.count, treedef.unflatten(mus), treedef.unflatten(nus))

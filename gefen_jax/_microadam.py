@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
@@ -93,7 +92,7 @@ def _update_leaf(g, leaf, decay, count, *, cut, window):
 
 
 def _check(density: Any, window: Any) -> None:
-    if isinstance(density, Tracer) or isinstance(window, Tracer):
+    if isinstance(density, jax.Array) or isinstance(window, jax.Array):
         raise TypeError(
             "`density` and `window` decide shapes and must be plain numbers: name them in the"
             " `static_args` of `optax.inject_hyperparams`"

@@ -179,7 +179,8 @@ def gefen_muon(
 
     def partition(tree: Any) -> optax.GradientTransformationExtraArgs:
         labels = _labels(muon_weight_dimension_numbers, tree)
-        return optax.partition({"muon": muon, "adam": adam}, labels)
+        # As a function: a tree of labels may be callable itself (an Equinox module).
+        return optax.partition({"muon": muon, "adam": adam}, lambda _: labels)
 
     def init_fn(params: optax.Params) -> Any:
         return partition(params).init(params)

@@ -103,13 +103,13 @@ def read_coefficients(ns_coeffs: Any, ns_steps: Any) -> Float[Array | np.ndarray
       array([[ 3.4445, -4.775 ,  2.0315],
              [ 3.4445, -4.775 ,  2.0315]], dtype=float32)
     """
-    try:
-        steps = operator.index(ns_steps)
-    except TypeError:
+    # An array is a number that `optax.inject_hyperparams` hands on, and traces later.
+    if isinstance(ns_steps, jax.Array) or not hasattr(ns_steps, "__index__"):
         raise TypeError(
             "`ns_steps` must be a plain integer, as it decides what is compiled; with"
             " `optax.inject_hyperparams`, name it in `static_args`"
-        ) from None
+        )
+    steps = operator.index(ns_steps)
     if steps < 1:
         raise ValueError(f"`ns_steps` must be at least 1, got {steps}")
     if isinstance(ns_coeffs, str):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import uuid
 from typing import Any
 
 FORMAT = "gefen_jax plan"
@@ -22,7 +23,8 @@ def write(path: str | os.PathLike, data: dict[str, Any]) -> None:
             text = "[\n    " + ",\n    ".join(map(json.dumps, value)) + "\n  ]"
         lines.append(f"  {json.dumps(key)}: {text}")
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    # A name of its own: threads have one process id, and so may the hosts of one file system.
+    temporary = f"{os.fsdecode(path)}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

@@ -234,8 +234,7 @@ def scale_by_gefen_muon(
       Benedek, Koren and Fried, `Gefen: Optimized Stochastic Optimizer
       <https://arxiv.org/abs/2606.13894>`_, 2026
     """
-    if bits not in BITS:
-        raise ValueError(f"`bits` must be 4, 8 or 32, got {bits}")
+    _check_bits(bits)
     check_number("beta", beta, 0.0, 1.0, open_end=True)
     check_number("eps", eps, 0.0, math.inf, open_end=True)
     check_preconditioning(preconditioning)
@@ -295,6 +294,16 @@ def scale_by_gefen_muon(
         return treedef.unflatten(new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_bits(bits: Any) -> None:
+    if isinstance(bits, jax.Array):
+        raise TypeError(
+            "`bits` decides what the state is, and must be a plain integer: with"
+            " `optax.inject_hyperparams`, name it in `static_args`"
+        )
+    if bits not in BITS:
+        raise ValueError(f"`bits` must be 4, 8 or 32, got {bits}")
 
 
 def _codebook(plan: Plan | None, bits: int) -> tuple[np.ndarray | None, bool]:

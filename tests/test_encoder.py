@@ -185,6 +185,12 @@ def test_exact_thresholds(name):
     assert np.all(np.abs(after - lower) > np.abs(after - upper))
 
 
+def test_tables_hold_no_infinity():
+    """`jax_debug_infs` would find it, in a step that is not jitted."""
+    with jax.debug_infs(True), jax.disable_jit():
+        make_encoder(jnp.asarray(_codebook("builtin")))
+
+
 @pytest.mark.parametrize("exact_lookup", [True, False])
 def test_not_a_number_gets_some_code(exact_lookup):
     """No code is right; the table must not be read outside. (The scale carries the NaN.)"""

@@ -66,6 +66,7 @@ def test_other_dtypes():
     arrays = {
         "complex": (x + 1j).astype(np.complex64),
         "float8": np.asarray(jnp.asarray(x, jnp.float8_e4m3fn)),
+        "float4": np.asarray(jnp.asarray(x, jnp.float4_e2m1fn)),
         "int4": np.asarray(jnp.asarray(np.round(3 * x), jnp.int4)),
         "int16": np.round(100 * x).astype(np.int16),
     }
@@ -105,6 +106,9 @@ def test_what_does_not_fit_is_named():
         gx.check_fingerprint(tree | {"w": None}, saved)
     with pytest.raises(ValueError, match="two leaves of the parameters have the name `a/b`"):
         gx.fingerprint({"a/b": 1, "a": {"b": 2}})
+    for none in (jax.ShapeDtypeStruct((2,), jnp.float32), np.zeros(3, jax.dtypes.float0)):
+        with pytest.raises(TypeError, match="`w` has no numbers: expected an array"):
+            gx.fingerprint({"w": none})
     with pytest.raises(TypeError, match="`w` has no numbers inside of `jit`"):
         jax.eval_shape(lambda x: gx.fingerprint({"w": x}), 1.0)
 

@@ -243,6 +243,12 @@ def test_surfaces(name):
         chex.assert_trees_all_equal(gx.to_adam(exact, params, _EXACT), state)
 
 
+def test_dtypes_that_have_nothing_in_common():
+    params = {"w": jnp.ones((64, 128), jnp.float8_e4m3fn), "v": jnp.ones((64, 128))}
+    back = gx.to_adam(gx.gefen(_RATE).init(params), params)
+    chex.assert_trees_all_equal(back, optax.adamw(_RATE).init(params))
+
+
 def test_a_changed_rate_stays():
     params, tx = _params(), optax.inject_hyperparams(optax.adamw)(_RATE)
     state = tx.init(params)

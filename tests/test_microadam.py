@@ -330,6 +330,8 @@ def test_what_decides_shapes_is_plain():
     """As `optax.inject_hyperparams` would have it, and from a configuration file."""
     with pytest.raises(TypeError, match="`density` and `window`.*static_args"):
         jax.jit(lambda density: _check(density, 10))(0.01)
+    with pytest.raises(TypeError, match="`density` and `window`.*static_args"):
+        _check(jnp.float32(0.01), jnp.int32(10))
     for window in (3.0, float("inf"), "3"):
         with pytest.raises(ValueError, match="`window` must be an integer"):
             _check(0.01, window)

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import chex
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from gefen_jax._encoder import make_encoder
 from gefen_jax._four_bits import pack, packed_shape, unpack
 from gefen_jax._levels import make_levels, round_to_level
 from gefen_jax._momentum import Dithered, Storage, advance, init, read, storage_for
+from gefen_jax._scale_by_muon import _check_bits
 
 pytestmark = pytest.mark.once
 
@@ -549,6 +551,24 @@ def test_bad_arguments(name):
 def test_traced_steps():
     with pytest.raises(TypeError, match="static_args"):
         jax.jit(lambda n: gx.scale_by_gefen_muon(ns_steps=n).init(jnp.ones((2, 2))))(5)
+
+
+def test_injected_numbers_that_decide_programs():
+    """At once, and not when they are traced."""
+    injected = optax.inject_hyperparams(gx.gefen_muon, static_args="bits")
+    with pytest.raises(TypeError, match="`ns_steps` .*plain integer.*static_args"):
+        injected(learning_rate=0.1).init(jnp.ones((16, 16)))
+    with pytest.raises(TypeError, match="`bits` .*plain integer.*static_args"):
+        _check_bits(jnp.int32(8))  # what Optax hands on; these tests check types in front of it
+
+
+def test_parameters_that_can_be_called():
+    """A tree of labels is one, too: Optax would take it for a function of the parameters."""
+    model = equinox.nn.Linear(16, 16, key=jax.random.key(0))
+    params, tx = equinox.filter(model, equinox.is_array), gx.gefen_muon(0.1)
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (params, state))
 
 
 _BAD_NUMBERS = {

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -344,6 +345,15 @@ def test_round_trip_of_a_path_as_string(plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan.save("plan.json")  # without a folder
     assert gx.Plan.load("plan.json") == plan == gx.Plan.load(str(tmp_path / "plan.json"))
+
+
+def test_threads_that_write_one_file(plan, tmp_path):
+    path = tmp_path / "plan.json"
+    with ThreadPoolExecutor(4) as threads:
+        for written in [threads.submit(plan.save, path) for _ in range(40)]:
+            written.result()
+    assert gx.Plan.load(path) == plan
+    assert [x.name for x in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_file_is_readable(plan, tmp_path):

@@ -67,9 +67,9 @@ _NOT_FOUND = (
     " does, as in `layers=lambda params: params['decoder']['blocks']`"
 )
 _NUMBERED = (
-    "`layers` must find a list of the layers' parameters, or one tree of stacked arrays; found a"
-    " dict of numbered layers: make a list of it, as in `layers=lambda params:"
-    " [params['layers'][key] for key in sorted(params['layers'], key=int)]`"
+    "`layers` found a dict with numbers for keys, which `release` takes for the stacked parameters"
+    " of every layer. If these are layers, make a list of them, as in `layers=lambda params:"
+    " [params['layers'][key] for key in sorted(params['layers'], key=int)]`."
 )
 
 
@@ -83,8 +83,6 @@ def find_layers(
         found = where(treedef.unflatten(range(len(flat))))
     except (KeyError, AttributeError, IndexError, TypeError) as error:
         raise ValueError(_NOT_FOUND.format(error)) from error
-    if isinstance(found, Mapping) and found and all(str(key).isdigit() for key in found):
-        raise ValueError(_NUMBERED)
     indices = jax.tree.leaves(found)
     if not all(type(i) is int for i in indices) or len(set(indices)) < len(indices):
         raise ValueError(_NOT_PICKED)
@@ -138,7 +136,13 @@ def forward(model: Model, leaves: list[Any], batch: Any) -> tuple[Any, Any, Any]
     if model.stacked is not None:
 
         def body(x: Any, number: Any) -> tuple[Any, Any]:
-            y = model.layer(model.at(leaves, number), x)
+            try:
+                y = model.layer(model.at(leaves, number), x)
+            except Exception as error:
+                found = model.trees[0]
+                if isinstance(found, Mapping) and all(str(key).isdigit() for key in found):
+                    error.add_note(_NUMBERED)
+                raise
             _check_form(x, y)
             return y, x
 

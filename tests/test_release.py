@@ -563,11 +563,6 @@ _MISFITS: dict[str, Any] = {
         {"layers": lambda p: p["blocks"]},
         r"does not find the layers.*KeyError\('blocks'\).*`layers=lambda",
     ),
-    "numbered layers": (
-        lambda: optax.sgd(0.1),
-        {"layers": lambda p: {"0": p["layers"]["up"], "1": p["layers"]["down"]}},
-        "dict of numbered layers: make a list",
-    ),
     "muon that is stacked": (lambda: gx.gefen_muon(0.1), {}, "gefen_muon.*as a list"),
     "a layer used twice": (
         lambda: optax.sgd(0.1),
@@ -590,6 +585,20 @@ def test_what_does_not_fit_is_refused(name):
     opt_state = jax.eval_shape(optimizer.init, params)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(_released(optimizer, **options), params, opt_state, _batch(0))
+
+
+def test_numbered_layers_are_taken_for_one_that_is_stacked():
+    """Which they may be: what `layer` then raises says so."""
+    optimizer, layers = optax.sgd(0.1), {str(i): {"w": jnp.ones((8, 8))} for i in range(2)}
+    args = {"layers": layers}, optimizer.init({"layers": layers}), jnp.ones((1, 8))
+
+    def step(layer):
+        return gx.release(optimizer, lambda _, x: x, layer, lambda _, x, __: jnp.sum(x))
+
+    with pytest.raises(KeyError) as error:
+        jax.eval_shape(step(lambda p, x: x @ p["w"]), *args)
+    assert "make a list of them" in error.value.__notes__[0]
+    jax.eval_shape(step(lambda p, x: x + (p["0"]["w"] * p["1"]["w"])[None]), *args)
 
 
 def test_groups_of_flash_moments_that_cross_layers():

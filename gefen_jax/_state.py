@@ -40,7 +40,8 @@ def advice(found: Any, *, takes_adam: bool = True) -> str:
     if takes_adam and any(map(is_adam, jax.tree.leaves(found, is_leaf=is_adam))):
         return "A run of AdamW goes on after `gefen_jax.from_adam(opt_state, params)`."
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(found)]
-    if isinstance(found, dict | list) or any(DictKey("codebook4") in path for path in paths):
+    # Of a NamedTuple's fields; parameters in the state's place are dicts, too.
+    if any(DictKey("count") in path for path in paths):
         return (
             "It was restored as dicts: restore it into the structure of `jax.eval_shape(tx.init,"
             " params)`, which gives it its NamedTuples again."

@@ -56,6 +56,14 @@ def test_a_state_of_adamw(call):
         call(optax.adamw(_RATE).init(_PARAMS))
 
 
+def test_parameters_in_the_states_place():
+    """They are dicts, but nothing that was restored."""
+    optimizer = gx.fused_gefen(_RATE)
+    with pytest.raises(ValueError, match="found dict.*come from `init`") as error:
+        optimizer.step(_PARAMS, _PARAMS, optimizer.init(_PARAMS))
+    assert "restored" not in str(error.value)
+
+
 def test_others_do_not_advise_from_adam():
     """It makes the state of gefen only."""
     state = optax.scale_by_adam().init(_PART)
